@@ -1,0 +1,102 @@
+"""`expert_mlp` on an accelerator without Triton: whole-tensor products by `grouped_mm`, no host synchronisation.
+
+Signatures as in `_expert_mlp_cpu`. It runs on a CPU too, where the tests check it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coterie.ops._rows import accumulator_dtype, sort_rows
+from coterie.ops.activations import activation_and_gradient, apply_activation
+from coterie.ops.grouped_matmul import expert_of_rows, multiply_columns, multiply_rows
+
+
+def forward(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    order, counts = sort_rows(expert_ids, gate_up_proj.shape[0])
+    hidden = _hidden(x, order // expert_ids.shape[1], gate_up_proj, gate_up_bias, counts)
+    rows = multiply_rows(apply_activation(hidden, activation), down_proj.to(x.dtype), counts)
+    if down_bias is not None:
+        rows += _bias_rows(down_bias, counts, rows)
+    y = _sum_slots(rows, order, weights)
+    return y, hidden if keep_hidden else hidden.new_empty(0, hidden.shape[1]), order, counts
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    hidden: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """MATH.md §1: neither the gathered x, nor the activation, nor the experts' outputs were kept."""
+    needs_x, needs_weights, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
+    token = order // weights.shape[1]
+    scale = weights.flatten()[order].unsqueeze(1).to(x.dtype)
+    if not len(hidden):
+        hidden = _hidden(x, token, gate_up_proj, gate_up_bias, counts)
+    grad_rows = grad.index_select(0, token)  # [N, D]
+    grad_activated = multiply_rows(grad_rows, down_proj.to(x.dtype).transpose(1, 2), counts)  # before the weight
+    activated, grad_hidden = activation_and_gradient(hidden, grad_activated * scale, activation)
+
+    none = x.new_empty(0)
+    grad_x = grad_weights = grad_up = grad_down = grad_up_bias = grad_down_bias = none
+    if needs_x:
+        rows = multiply_rows(grad_hidden, gate_up_proj.to(x.dtype).transpose(1, 2), counts)
+        grad_x = _sum_slots(rows, order, torch.ones_like(weights))
+    if needs_weights:
+        by_row = (grad_activated * activated).sum(1, dtype=accumulator_dtype(x.dtype))
+        if down_bias is not None:
+            by_row += (grad_rows * _bias_rows(down_bias, counts, grad_rows)).sum(1, dtype=by_row.dtype)
+        grad_weights = torch.empty_like(weights).flatten().index_copy_(0, order, by_row.to(weights.dtype))
+        grad_weights = grad_weights.view(weights.shape)
+    if needs_down:
+        grad_down = multiply_columns(grad_rows, activated * scale, counts).to(down_proj.dtype)
+    if needs_up:
+        grad_up = multiply_columns(grad_hidden, x.index_select(0, token), counts).to(gate_up_proj.dtype)
+    if needs_up_bias:
+        grad_up_bias = _sum_rows(grad_hidden, counts).to(gate_up_bias.dtype)
+    if needs_down_bias:
+        grad_down_bias = _sum_rows(grad_rows * scale, counts).to(down_bias.dtype)
+    return grad_x, grad_weights, grad_up, grad_down, grad_up_bias, grad_down_bias
+
+
+def _hidden(x: Tensor, token: Tensor, gate_up_proj: Tensor, gate_up_bias: Tensor | None, counts: Tensor) -> Tensor:
+    hidden = multiply_rows(x.index_select(0, token), gate_up_proj.to(x.dtype), counts)
+    return hidden if gate_up_bias is None else hidden + _bias_rows(gate_up_bias, counts, hidden)
+
+
+def _bias_rows(bias: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
+    """The bias of each sorted row's expert; zero in unused slots."""
+    return F.pad(bias, (0, 0, 0, 1))[expert_of_rows(counts, rows.shape[0])].to(rows.dtype)
+
+
+def _sum_slots(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """y[t] = Σ_k weights[t, k] · the sorted row of slot (t, k): a gather and a sum in a fixed order."""
+    position = torch.empty_like(order)
+    position[order] = torch.arange(order.numel(), device=order.device)
+    slots = rows.index_select(0, position).view(*weights.shape, rows.shape[1])  # [T, K, D]
+    total = accumulator_dtype(rows.dtype)
+    return (slots.to(total) * weights.unsqueeze(2).to(total)).sum(1).to(rows.dtype)
+
+
+def _sum_rows(rows: Tensor, counts: Tensor) -> Tensor:
+    """[N, W] → [E, W]."""
+    return multiply_columns(rows, rows.new_ones(rows.shape[0], 1), counts).squeeze(2)

@@ -1,0 +1,179 @@
+"""y[n] = x[rows[n]] @ weight[e(n)]ᵀ + bias[e(n)]: one matmul per expert over rows sorted by expert."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coterie.ops._arguments import check_tensor, choose_impl
+from coterie.ops._rows import accumulator_dtype, matmul_dtype, padded, row_multiple
+
+
+def grouped_matmul(
+    x: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Multiplies the first counts[0] rows by weight[0]ᵀ, the next counts[1] by weight[1]ᵀ, and so on.
+
+    Args:
+        x: [N, D], sorted by expert; or [T, D] with `rows`.
+        weight: [E, O, D], in x's dtype.
+        counts: [E] int64, rows of each expert; their sum is at most N. Rows past it (unused slots) give 0.
+        rows: [N] int64, which row of x each output row takes; the gathered rows are not kept for backward.
+        bias: [E, O], in x's dtype.
+        impl: "reference" | "torch".
+
+    Returns:
+        [N, O] in x's dtype. Gradients to x, weight and bias; an expert without rows has gradient 0.
+    """
+    impl = choose_impl(impl)
+    check_tensor("x", x, (None, None), "[N, D]")
+    check_tensor("weight", weight, (None, None, x.shape[1]), "[E, O, D]", dtype=x.dtype)
+    check_tensor("counts", counts, (weight.shape[0],), "[E]", dtype=torch.int64)
+    if rows is not None:
+        check_tensor("rows", rows, (None,), "[N]", dtype=torch.int64)
+    if bias is not None:
+        check_tensor("bias", bias, tuple(weight.shape[:2]), "[E, O]", dtype=x.dtype)
+    if impl == "reference":
+        return _reference(x, weight, counts, rows, bias)
+    return _torch_op(x, weight, counts, rows, bias)
+
+
+def _reference(x: Tensor, weight: Tensor, counts: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if rows is None else x[rows]
+    pieces, start = [], 0
+    for expert, count in enumerate(counts.tolist()):
+        y = x[start : start + count] @ weight[expert].t()
+        pieces.append(y if bias is None else y + bias[expert])
+        start += count
+    pieces.append(x.new_zeros(x.shape[0] - start, weight.shape[1]))
+    return torch.cat(pieces)
+
+
+def multiply_rows(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """[N, D] × [E, O, D] → [N, O]; rows past the counts give 0. The data gradient is this with weightᵀ."""
+    if x.device.type != "cpu":
+        return _multiply_rows_device(x, weight, counts)
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    work = matmul_dtype(x.dtype)
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            rows = slice(start, start + count)
+            tile = padded(x[rows].to(work), row_multiple(work))
+            y[rows] = torch.mm(tile, weight[expert].to(work).t())[:count]
+            start += count
+    y[start:] = 0
+    return y
+
+
+def multiply_columns(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    """[N, O], [N, D] → [E, O, D]: the weight gradient, aᵀ b over each expert's rows; 0 where there are none."""
+    if a.device.type != "cpu":
+        return _multiply_columns_device(a, b, counts)
+    out = a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
+    work = matmul_dtype(a.dtype)
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        rows = slice(start, start + count)
+        if count:
+            tiles = [padded(t[rows].to(work), row_multiple(work)) for t in (a, b)]
+            out[expert] = torch.mm(tiles[0].t(), tiles[1])
+        else:
+            out[expert].zero_()
+        start += count
+    return out
+
+
+def expert_of_rows(counts: Tensor, num_rows: int) -> Tensor:
+    """[N] int64: the expert of each sorted row, E past the last; no host synchronisation."""
+    return torch.searchsorted(counts.cumsum(0), torch.arange(num_rows, device=counts.device), right=True)
+
+
+def _multiply_rows_device(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    y = _grouped_mm(_aligned(x), _aligned(weight).transpose(1, 2), counts)
+    used = torch.arange(x.shape[0], device=x.device) < counts.sum()
+    return torch.where(used[:, None], y, 0)  # grouped_mm leaves rows past the last expert as they were
+
+
+def _multiply_columns_device(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    return _grouped_mm(_aligned(a).t(), _aligned(b), counts)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    ends = counts.cumsum(0).to(torch.int32)
+    grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # the public name is torch 2.10's
+    return grouped_mm(a, b, offs=ends)
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """The same values, with rows on the 16-byte boundaries that grouped_mm requires."""
+    if t.stride(-1) != 1 and t.stride(-2) == 1:
+        return _aligned(t.transpose(-1, -2)).transpose(-1, -2)
+    step = 16 // t.element_size()
+    width = t.shape[-1]
+    if t.stride(-1) == 1 and all(stride % step == 0 for stride in t.stride()[:-1]) and t.stride(-2) >= width:
+        return t
+    return F.pad(t, (0, -width % step)).contiguous()[..., :width]
+
+
+@torch.library.custom_op("coterie::grouped_matmul", mutates_args=())
+def _torch_op(x: Tensor, weight: Tensor, counts: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = multiply_rows(x if rows is None else x.index_select(0, rows), weight, counts)
+    if bias is not None:
+        y += F.pad(bias, (0, 0, 0, 1))[expert_of_rows(counts, y.shape[0])]
+    return y
+
+
+@_torch_op.register_fake
+def _(x, weight, counts, rows, bias):
+    return x.new_empty((x if rows is None else rows).shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("coterie::grouped_matmul_backward", mutates_args=())
+def _torch_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor, rows: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_x, needs_weight, needs_bias = needs
+    grad = grad.contiguous()
+    empty = grad.new_empty(0)
+    grad_x = grad_weight = grad_bias = empty
+    if needs_x:
+        grad_x = multiply_rows(grad, weight.transpose(1, 2), counts)
+        if rows is not None:
+            total = torch.zeros(x.shape, dtype=accumulator_dtype(x.dtype), device=x.device)
+            grad_x = total.index_add_(0, rows, grad_x.to(total.dtype)).to(x.dtype)
+    if needs_weight:
+        grad_weight = multiply_columns(grad, x if rows is None else x.index_select(0, rows), counts)
+    if needs_bias:
+        ones = grad.new_ones(grad.shape[0], 1)
+        grad_bias = multiply_columns(grad, ones, counts).squeeze(2)
+    return grad_x, grad_weight, grad_bias
+
+
+@_torch_backward.register_fake
+def _(grad, x, weight, counts, rows, needs):
+    shapes = (x.shape, weight.shape, weight.shape[:2])
+    return tuple(grad.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, counts, rows, _ = inputs
+    ctx.save_for_backward(x, weight, counts, rows)
+
+
+def _backward(ctx, grad):
+    x, weight, counts, rows = ctx.saved_tensors
+    needs_x, needs_weight, _, _, needs_bias = ctx.needs_input_grad
+    grads = _torch_backward(grad, x, weight, counts, rows, [needs_x, needs_weight, needs_bias])
+    grad_x, grad_weight, grad_bias = (
+        grad if need else None for grad, need in zip(grads, (needs_x, needs_weight, needs_bias), strict=True)
+    )
+    return grad_x, grad_weight, None, None, grad_bias
+
+
+_torch_op.register_autograd(_backward, setup_context=_setup_context)
