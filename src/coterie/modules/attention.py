@@ -1,0 +1,232 @@
+"""Causal attention with grouped queries (Ainslie et al., arXiv:2305.13245), and the cache it decodes with."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coterie.modules.norm import RMSNorm
+from coterie.modules.rotary import apply_rotary
+
+
+class Attention(nn.Module):
+    """Every position attends to itself and to those before it.
+
+    1. q, k, v = projections of x, split into H query heads and G key/value heads of width P
+    2. q, k = rotary(norm(q)), rotary(norm(k)); the norm only with `qk_norm` (as in qwen3: one weight [P] for all
+       heads)
+    3. with a cache: append k and v to it, and read back all there are so far
+    4. y[h] = softmax(q[h] · k[g]ᵀ / sqrt(P), over positions that are not later and not padding) · v[g], where H/G
+       consecutive query heads share a key/value head
+    5. output projection of the heads side by side
+
+    Args:
+        dim: D.
+        num_heads: H.
+        num_kv_heads: G, which divides H; None: H.
+        head_dim: P, even; None: D / H.
+        qk_norm: RMSNorm on every head's queries and keys.
+        bias: on all four projections.
+        norm_eps: of the q and k norms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        bias: bool = False,
+        norm_eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_kv_heads is None:
+            num_kv_heads = num_heads
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
+        if head_dim is None:
+            if dim % num_heads:
+                raise ValueError(f"head_dim must be given where num_heads = {num_heads} does not divide {dim}")
+            head_dim = dim // num_heads
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        kind = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias, **kind)
+        self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias, **kind)
+        self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias, **kind)
+        self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=bias, **kind)
+        self.q_norm = RMSNorm(head_dim, norm_eps, **kind) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, norm_eps, **kind) if qk_norm else None
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02, output_std: float | None = None) -> None:
+        """Weights normal(0, std), the output projection's normal(0, output_std or std), biases 0, norms 1."""
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            nn.init.normal_(linear.weight, std=std)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if output_std is not None:
+            nn.init.normal_(self.o_proj.weight, std=output_std)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "AttentionCache":
+        """An empty cache for this layer, on its weights' device and in their dtype unless told otherwise."""
+        weight = self.k_proj.weight
+        shape = (batch_size, self.num_kv_heads, max_length, self.head_dim)
+        return AttentionCache(*shape, device=device or weight.device, dtype=dtype or weight.dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        *,
+        token_mask: Tensor | None = None,
+        cache_layer: "AttentionCache | None" = None,
+    ) -> Tensor:
+        """[B, L, D] → [B, L, D].
+
+        Args:
+            x: [B, L, D].
+            rotary: (cos, sin) of the L positions, from `RotaryEmbedding`: each [L, P/2] or [B, L, P/2].
+            token_mask: [B, L] bool, False = padding, anywhere in a sequence. Nothing attends to padding, whatever it
+                contains, NaN included; what a padding position attends to is zero.
+            cache_layer: what came before x, to which x's keys and values are appended. No gradients through it.
+        """
+        if token_mask is not None:
+            # A masked key's weight is 0, and 0 · NaN is NaN: the content itself has to go.
+            x = x.masked_fill(~token_mask.unsqueeze(-1), 0)
+        queries, keys, values = (
+            projection(x).unflatten(-1, (-1, self.head_dim))  # [B, L, H or G, P]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries = apply_rotary(queries, rotary).transpose(1, 2)  # [B, H, L, P]
+        keys = apply_rotary(keys, rotary).transpose(1, 2)
+        values = values.transpose(1, 2)
+        key_mask = token_mask
+        if cache_layer is not None:
+            keys, values, key_mask = cache_layer.append(keys, values, token_mask)
+        y = causal_attention(queries, keys, values, key_mask)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """softmax(q · kᵀ / sqrt(P) + causal and padding mask) · v, by torch's scaled_dot_product_attention.
+
+    The last query stands at the last key's position: with L = S that is the usual square, with L < S a continuation.
+
+    Args:
+        queries: [B, H, L, P].
+        keys, values: [B, G, S, P], S ≥ L, G divides H.
+        key_mask: [B, S] bool, False = padding: seen by no query; a query there gives zeros.
+
+    Returns:
+        [B, H, L, P].
+    """
+    num_queries, num_keys = queries.shape[2], keys.shape[2]
+    mask = None
+    if key_mask is not None:
+        query_mask = key_mask[:, None, num_keys - num_queries :, None]  # [B, 1, L, 1]
+        # A padding query may see padding, for its softmax must not be over nothing; its result is dropped below.
+        mask = key_mask[:, None, None, :] | ~query_mask  # [B, 1, L, S]
+
+    if num_queries == 1:
+        # One query sees all keys, so the H/G heads of a group can stand as H/G queries of one head: no mask for
+        # causality, and the keys are read once a group. The decoding path; 1.6x the grouped one at S = 1000 on a CPU.
+        grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[3])  # [B, G, H/G, P]
+        y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape_as(queries)
+    elif mask is None and num_queries == num_keys:
+        grouped = queries.shape[1] != keys.shape[1]
+        y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
+    else:
+        causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=queries.device)
+        causal = causal.tril(num_keys - num_queries)
+        mask = causal if mask is None else mask & causal
+        grouped = queries.shape[1] != keys.shape[1]
+        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
+    return y if key_mask is None else y.masked_fill(~query_mask, 0)
+
+
+class AttentionCache:
+    """One attention layer's keys and values, in memory that is taken once; of use under `torch.no_grad()`.
+
+    Attributes:
+        keys, values: [B, G, max_length, P]; the first `length` positions are filled.
+        token_mask: [B, max_length] bool, or None as long as nothing appended was masked.
+        length: positions filled.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        max_length: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if batch_size < 1 or max_length < 1:
+            raise ValueError(f"a cache needs batch_size and max_length ≥ 1, got {batch_size} and {max_length}")
+        shape = (batch_size, num_kv_heads, max_length, head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.token_mask: Tensor | None = None
+        self.length = 0
+
+    @property
+    def max_length(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, filled or not."""
+        return sum(tensor.nbytes for tensor in (self.keys, self.values, self.token_mask) if tensor is not None)
+
+    def append(
+        self, keys: Tensor, values: Tensor, token_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add L positions; get views of all so far.
+
+        Args:
+            keys, values: [B, G, L, P]; cast to the cache's dtype.
+            token_mask: [B, L] bool; None: no padding among them.
+
+        Returns:
+            keys and values [B, G, length, P] in the dtype they came in, and token_mask [B, length] or None.
+        """
+        batch_size, _, added, _ = keys.shape
+        start, end = self.length, self.length + added
+        if batch_size != self.keys.shape[0]:
+            raise ValueError(f"the cache is for a batch of {self.keys.shape[0]}, got {batch_size}")
+        if end > self.max_length:
+            raise ValueError(
+                f"the cache is full: it holds {start} of at most {self.max_length} positions, and {added} more came; "
+                "make it with a larger max_length"
+            )
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            raise ValueError("a cache carries no gradients: call under torch.no_grad()")
+        self.keys[:, :, start:end] = keys
+        self.values[:, :, start:end] = values
+        if token_mask is not None and self.token_mask is None:
+            shape = (batch_size, self.max_length)
+            self.token_mask = torch.ones(shape, dtype=torch.bool, device=self.keys.device)
+        if self.token_mask is not None:
+            self.token_mask[:, start:end] = True if token_mask is None else token_mask
+        self.length = end
+        seen = None if self.token_mask is None else self.token_mask[:, :end]
+        return self.keys[:, :, :end].to(keys.dtype), self.values[:, :, :end].to(values.dtype), seen

@@ -1,0 +1,46 @@
+"""RMSNorm (Zhang and Sennrich, arXiv:1910.07467)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """y = weight · x / sqrt(mean(x²) + eps), over the last dimension.
+
+    The arithmetic is float32 at least, whatever the dtypes of `x` and of the weight; y has x's dtype. As in Hugging
+    Face's llama, but for weight and x of different dtypes (bf16 activations over float32 weights): there the product
+    with the weight is float32 too, and rounded once.
+
+    Args:
+        dim: the size of the last dimension.
+        eps: keeps a row of zeros finite.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weight 1."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., dim] → [.., dim]."""
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, (self.dim,), self.weight, self.eps)  # accumulates half types in float32
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
+        return F.rms_norm(x.to(dtype), (self.dim,), self.weight.to(dtype), self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"

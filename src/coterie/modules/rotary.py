@@ -1,0 +1,51 @@
+"""Rotary position embedding (Su et al., arXiv:2104.09864), in the "rotate half" layout of Hugging Face's llama.
+
+Channel i of a head is paired with channel i + P/2, and the pair is turned by the angle position · theta^(-2i/P). (The
+paper pairs neighbours, 2i and 2i + 1: a checkpoint in that layout needs its query and key rows permuted.)
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class RotaryEmbedding(nn.Module):
+    """The cosines and sines of all pairs at given positions: made once in a forward, used by every layer.
+
+    It has no buffers, so a model built on the meta device has nothing here to fill in, and no longest length.
+
+    Args:
+        head_dim: P, even.
+        theta: the base; the slowest pair turns once in about 2π·theta positions.
+    """
+
+    def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim must be even and positive for rotary embedding, got {head_dim}")
+        if theta <= 0:
+            raise ValueError(f"theta must be positive, got {theta}")
+        self.head_dim = head_dim
+        self.theta = theta
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions [.., L], integers → (cos, sin), each [.., L, P/2] float32."""
+        # float32 whatever the model's dtype: bf16 cannot tell positions apart above 256.
+        channels = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32)
+        frequencies = 1.0 / self.theta ** (channels / self.head_dim)
+        angles = positions.unsqueeze(-1).float() * frequencies
+        return angles.cos(), angles.sin()
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, theta={self.theta}"
+
+
+def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn every pair of every head: [B, L, H, P] → the same, in x's dtype, worked out in float32 or better.
+
+    Args:
+        x: [B, L, H, P].
+        rotary: (cos, sin), each [L, P/2] or, with positions of each sequence's own, [B, L, P/2].
+    """
+    cos, sin = (part.unsqueeze(-2) for part in rotary)  # [.., L, 1, P/2]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
