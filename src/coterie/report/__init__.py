@@ -1,0 +1,27 @@
+"""Cost, routing telemetry and plots: what a sparse model costs, how evenly it is used, and a picture of both."""
+
+from coterie.report.cost import BreakEven, LayerCost, ModelCost, format_cost, model_cost, saved_for_backward
+from coterie.report.plots import report_figure, save_figure
+from coterie.report.summary import format_summary, summarize
+from coterie.report.table import format_table, human_bytes, human_count
+from coterie.report.telemetry import ExpertLoad, dead_experts, load_entropy, load_imbalance
+
+__all__ = [
+    "BreakEven",
+    "ExpertLoad",
+    "LayerCost",
+    "ModelCost",
+    "dead_experts",
+    "format_cost",
+    "format_summary",
+    "format_table",
+    "human_bytes",
+    "human_count",
+    "load_entropy",
+    "load_imbalance",
+    "model_cost",
+    "report_figure",
+    "save_figure",
+    "saved_for_backward",
+    "summarize",
+]
