@@ -1,0 +1,347 @@
+"""What the commands do. Each takes its options and returns the exit code; errors are the caller's to print."""
+
+import codecs
+import json
+import os
+import platform
+import sys
+from dataclasses import fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie.cli_options import Generate, Inspect, Train
+from coterie.models import PRESETS, Transformer, TransformerConfig, dense_twin, generate
+from coterie.models.pretrained import CONFIG_FILE, read_config
+from coterie.report.cost import ModelCost, format_cost, model_cost
+from coterie.report.plots import report_figure, save_figure
+from coterie.report.summary import format_summary, summarize
+from coterie.report.table import human_count
+from coterie.training import (
+    Batches,
+    ByteTokenizer,
+    Comparison,
+    Contender,
+    TrainConfig,
+    Trainer,
+    compare,
+    load_corpus,
+    resolve_precision,
+    write_atomically,
+)
+from coterie.training.trainer import CHECKPOINT, RUN_FILES
+
+RUN_FILE = "run.json"
+REPORT_FILES = ("report.json", "report.png")
+
+# How the sample after training begins, where the text is Python.
+SAMPLE_PROMPT = "def "
+SAMPLE_TOKENS = 240
+
+
+# --- train ---
+
+
+def run_train(options: Train) -> int:
+    """Trains, then prints the table, writes report.json and report.png, and prints a sample."""
+    if options.resume and options.overwrite:
+        raise ValueError("--resume continues a run and --overwrite replaces it: give one of them")
+    out = Path(options.out or f"runs/{_short_name(options.preset or 'tiny')}")
+    device = _device(options.device)
+    plan = _resumed_plan(out, options) if options.resume else _new_plan(out, options)
+    config = TrainConfig.from_dict(plan["training"])
+    precision = resolve_precision(config.precision, device)
+    print(
+        f"{' and '.join(plan['models'])}: {config.steps} steps of {config.batch_size} × {config.length} bytes, "
+        f"{precision} on {device}, into {out}\n",
+        flush=True,
+    )
+    models = {}
+    for name, model_config in plan["models"].items():
+        torch.manual_seed(config.seed)
+        models[name] = Transformer(TransformerConfig.from_dict(model_config)).to(device)
+    corpora = {split: load_corpus(plan["data"], split) for split in ("train", "valid")}
+
+    try:
+        comparison = _train(models, config, corpora, out, plan, options)
+    except KeyboardInterrupt:
+        saved = any((folder / CHECKPOINT).exists() for folder in (out, *(out / name for name in models)))
+        how = f"; coterie train --resume --out {out} continues from the last checkpoint"
+        raise KeyboardInterrupt("interrupted" + (how if saved else " before the first checkpoint")) from None
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    costs = {name: model_cost(model.config, config.length, dtype=dtype) for name, model in models.items()}
+    figures = summarize(costs, comparison.to_dict())
+    print(format_summary(figures))
+    print()
+    _write_report(out, plan, comparison, costs, figures)
+    _print_sample(next(iter(models.values())), corpora["valid"], plan)
+    return 0
+
+
+def _new_plan(out: Path, options: Train) -> dict[str, Any]:
+    """What will be trained, from the options; makes room in the folder."""
+    name = options.preset or "tiny"
+    model_config = replace(_named_config(name), vocab_size=ByteTokenizer.vocab_size)  # text is read as bytes
+    models = {"moe" if "moe" in model_config.feed_forwards else "dense": model_config}
+    if options.compare:
+        match = "active" if options.compare == "dense" else "params"
+        models[options.compare] = dense_twin(model_config, match)
+    data = None if options.data is None else str(Path(options.data).resolve())
+    load_corpus(data, "valid")  # a wrong path is an error before anything is replaced
+    plan = {
+        "coterie": version("coterie"),
+        "preset": _short_name(name),
+        "compare": options.compare,
+        "data": data,
+        "training": _train_config(options, model_config).to_dict(),
+        "models": {name: config.to_dict() for name, config in models.items()},
+    }
+    if _holds_run(out):
+        if not options.overwrite:
+            raise FileExistsError(
+                f"{out} holds a run already: give --resume to continue it, --overwrite to replace it, or another --out"
+            )
+        _remove_run(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / RUN_FILE, plan)
+    return plan
+
+
+def _train_config(options: Train, model_config: TransformerConfig) -> TrainConfig:
+    given = _given(options)
+    config = TrainConfig(**{"length": min(TrainConfig.length, model_config.max_length), "warmup_steps": 0, **given})
+    if "warmup_steps" not in given:
+        given["warmup_steps"] = min(TrainConfig.warmup_steps, config.steps // 5)
+    return TrainConfig(**{**config.to_dict(), **given})
+
+
+def _given(options: Train) -> dict[str, Any]:
+    """The training options that were given."""
+    names = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(Train)}
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _resumed_plan(out: Path, options: Train) -> dict[str, Any]:
+    """What the folder's run was to train. Options that are given again must say the same, or may change (evaluation
+    and checkpoints); the trainer checks the training's."""
+    plan = _read_plan(out)
+    wanted = {
+        "preset": options.preset and _short_name(options.preset),
+        "compare": options.compare,
+        "data": options.data and str(Path(options.data).resolve()),
+    }
+    for name, value in wanted.items():
+        if value is not None and value != plan[name]:
+            raise ValueError(f"--{name} is {value}, but the run in {out} has {plan[name]}; another --out starts anew")
+    plan["training"] = {**plan["training"], **_given(options)}
+    return plan
+
+
+def _read_plan(out: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads((out / RUN_FILE).read_text("utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{out} holds no run to resume: {RUN_FILE} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{out / RUN_FILE} is not a run's file: {error}") from None
+    missing = {"preset", "compare", "data", "training", "models"} - set(plan if isinstance(plan, dict) else ())
+    if missing:
+        raise ValueError(f"{out / RUN_FILE} is not a run's file: {', '.join(sorted(missing))} missing")
+    return plan
+
+
+def _run_folders(out: Path) -> list[Path]:
+    """The folder, and those of the contenders in it."""
+    try:
+        return [out, *(out / name for name in _read_plan(out)["models"])]
+    except (ValueError, OSError):
+        return [out]
+
+
+def _holds_run(out: Path) -> bool:
+    """Whether a training began there. The plan alone is what an error before the first step leaves."""
+    return any((folder / file).exists() for folder in _run_folders(out) for file in RUN_FILES)
+
+
+def _remove_run(out: Path) -> None:
+    """Removes the files that a run writes, and nothing else: the folder is the user's."""
+    for folder in _run_folders(out):
+        for file in (*RUN_FILES, *REPORT_FILES):
+            (folder / file).unlink(missing_ok=True)
+
+
+def _train(models, config: TrainConfig, corpora, out: Path, plan, options: Train) -> Comparison:
+    # A progress bar is for someone who looks; in a log it would be a thousand lines.
+    shared = {"resume": options.resume, "overwrite": options.overwrite}
+    progress = sys.stderr.isatty()
+    if len(models) > 1:
+        return compare(models, config, corpora["train"], corpora["valid"], out, progress=progress, **shared)
+    ((name, model),) = models.items()
+    batches = Batches(corpora["train"], config.batch_size, config.length, seed=config.seed)
+    trainer = Trainer(model, config, batches, corpora["valid"], out, **shared)
+    return Comparison({name: Contender(name, model, trainer.train(progress))}, config)
+
+
+def _write_report(
+    out: Path, plan: dict[str, Any], comparison: Comparison, costs: dict[str, ModelCost], figures: dict[str, Any]
+) -> None:
+    report = {
+        **plan,
+        "figures": figures,
+        "equal_tokens": comparison.equal_tokens,
+        "equal_seconds": comparison.equal_seconds,
+        "costs": {name: cost.to_dict() for name, cost in costs.items()},
+        "machine": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+    _write_json(out / "report.json", report)
+    totals = {name: cost.total for name, cost in costs.items()}
+    size = "; ".join(
+        f"{name} {human_count(total.params)} parameters"
+        + (f", {human_count(total.active_params)} active" if total.active_params < total.params else "")
+        for name, total in totals.items()
+    )
+    title = f"{plan['preset']}: a sparse model" + (" beside its dense twin" if len(costs) > 1 else "")
+    try:
+        figure = report_figure(comparison.contenders, title=title, subtitle=size)
+    except ModuleNotFoundError as error:
+        print(f"{out / 'report.json'} is written; no picture: {error}\n")
+        return
+    save_figure(figure, out / "report.png")
+    print(f"{out / 'report.png'} and report.json are written.\n")
+
+
+def _print_sample(model: Transformer, text, plan: dict[str, Any]) -> None:
+    """A short continuation: of `def` where the text is Python, else of the unseen text's beginning."""
+    prompt = SAMPLE_PROMPT if plan["data"] is None else bytes(text[:48]).decode("utf-8", errors="ignore")
+    print(f"A sample, after {prompt!r}:\n")
+    _stream(model, prompt, SAMPLE_TOKENS, temperature=0.7, seed=plan["training"]["seed"])
+
+
+# --- generate ---
+
+
+def run_generate(options: Generate) -> int:
+    """Prints the prompt and its continuation, character by character."""
+    folder = next(iter(_model_folders(Path(options.run)).values()))
+    model = Transformer.from_pretrained(folder, device=_device(None)).eval()
+    _stream(
+        model,
+        options.prompt,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=int.from_bytes(os.urandom(4)) if options.seed is None else options.seed,  # torch's own is a constant
+    )
+    return 0
+
+
+def _stream(model: Transformer, prompt: str, max_new_tokens: int, **sampling: Any) -> None:
+    tokenizer = ByteTokenizer()
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"the model has a vocabulary of {model.config.vocab_size}, text can be made of bytes only "
+            f"({tokenizer.vocab_size}); call coterie.generate with its own tokenizer"
+        )
+    # What follows a document's end is the beginning of a text: what an empty prompt asks for.
+    ids = tokenizer.encode(prompt) if prompt else torch.tensor([tokenizer.separator])
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def show(tokens: torch.Tensor) -> None:
+        if (token := int(tokens[0])) != tokenizer.separator:
+            print(decoder.decode(bytes([token])), end="", flush=True)
+
+    print(prompt, end="", flush=True)
+    ids = ids.unsqueeze(0).to(model.embedding.weight.device)
+    generate(model, ids, max_new_tokens, stop=[tokenizer.separator], callback=show, **sampling)
+    print(decoder.decode(b"", final=True))
+
+
+# --- inspect ---
+
+
+def run_inspect(options: Inspect) -> int:
+    """Prints the cost table of a preset, or of every model of a run."""
+    dtype = getattr(torch, options.dtype or "float32")
+    path = Path(options.model)
+    if options.model in PRESETS or path.suffix == ".json":
+        configs = {options.model: _named_config(options.model)}
+    elif not path.is_dir():
+        raise FileNotFoundError(f"{path} is neither a preset ({', '.join(PRESETS)}) nor the folder of a run")
+    else:
+        configs = {str(folder): read_config(folder) for folder in _model_folders(path).values()}
+    costs = {name: model_cost(config, options.length, dtype=dtype) for name, config in configs.items()}
+    if options.json:
+        print(
+            json.dumps({name: {"config": configs[name].to_dict(), **costs[name].to_dict()} for name in costs}, indent=2)
+        )
+        return 0
+    print("\n\n".join(f"{_headline(name, configs[name])}\n\n{format_cost(cost)}" for name, cost in costs.items()))
+    return 0
+
+
+def _headline(name: str, config: TransformerConfig) -> str:
+    text = f"{name}: {config.num_layers} layers of width {config.dim}, vocabulary {config.vocab_size}"
+    if "moe" in config.feed_forwards:
+        text += f", {config.num_experts} experts of width {config.expert_hidden_dim}, {config.top_k} active"
+    return text
+
+
+# --- names and folders ---
+
+
+def _named_config(name: str) -> TransformerConfig:
+    """A preset's config, or that of a JSON file."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if not name.endswith(".json"):
+        raise ValueError(f"--preset {name}: must be {', '.join(PRESETS)}, or the path of a config.json")
+    try:
+        return TransformerConfig.from_dict(json.loads(Path(name).read_text("utf-8")))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file {name}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} is not a model's config: {error}") from None
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name, once something could be put there; None: the GPU if there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch has no error of its own for it
+        raise ValueError(f"--device {name} is of no use here: {str(error).splitlines()[0]}") from None
+
+
+def _short_name(preset: str) -> str:
+    """The preset's name, or its file's without folder and ending."""
+    return Path(preset).stem
+
+
+def _model_folders(run: Path) -> dict[str, Path]:
+    """The folders of a run's models, by name: itself, or one for each contender."""
+    if not run.is_dir():
+        raise FileNotFoundError(f"no folder of a run at {run}")
+    if (run / CONFIG_FILE).exists():
+        return {run.name: run}
+    try:
+        names = list(_read_plan(run)["models"])
+    except FileNotFoundError:
+        names = sorted(path.parent.name for path in run.glob(f"*/{CONFIG_FILE}"))
+    folders = {name: run / name for name in names if (run / name / CONFIG_FILE).exists()}
+    if not folders:
+        raise FileNotFoundError(f"{run} holds no model yet: no {CONFIG_FILE} in it or in a folder of it")
+    return folders
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2) + os.linesep
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
