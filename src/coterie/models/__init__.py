@@ -1,0 +1,18 @@
+"""Whole models: the config, the transformer, its cache, generation, saved files and presets."""
+
+from coterie.models.cache import KVCache
+from coterie.models.config import TransformerConfig
+from coterie.models.generation import generate
+from coterie.models.presets import PRESETS, dense_twin, preset
+from coterie.models.transformer import Transformer, TransformerOutput
+
+__all__ = [
+    "PRESETS",
+    "KVCache",
+    "Transformer",
+    "TransformerConfig",
+    "TransformerOutput",
+    "dense_twin",
+    "generate",
+    "preset",
+]

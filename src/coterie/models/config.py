@@ -1,0 +1,195 @@
+"""The description of a model: a frozen dataclass that checks itself and travels as JSON."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_type_hints
+
+from coterie.ops import activation_is_gated
+
+MIXERS = ("attention",)
+FEED_FORWARDS = ("mlp", "moe")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A decoder-only transformer, pre-norm: x + mixer(norm(x)), then x + feed_forward(norm(x)), in every layer.
+
+    Attributes:
+        vocab_size: tokens.
+        dim: D, the width of the residual stream.
+        num_layers: layers, each a mixer and a feed-forward.
+        num_heads: H, query heads.
+        num_kv_heads: G, key/value heads, which divides H; None: H.
+        head_dim: P, even; None: D / H.
+        mixers: what mixes positions in each layer: "attention". A pattern: repeated up the layers, so its length must
+            divide num_layers.
+        feed_forwards: the feed-forward of each layer, "mlp" or "moe"; a pattern too: ("mlp", "moe") alternates.
+        hidden_dim: width of every "mlp"; 0 if there is none.
+        activation: of all feed-forwards; see `coterie.ops.apply_activation`.
+        num_experts: E; 0 if there is no "moe".
+        top_k: K, experts a token.
+        expert_hidden_dim: F, the width of one expert.
+        shared_hidden_dim: width of the expert that every token goes through besides; 0: none.
+        shared_gate: weigh the shared expert by a sigmoid of a projection of the token (qwen2_moe).
+        router_score, router_order, router_normalize, router_scale, router_groups, router_top_groups,
+            router_group_score: how experts are chosen and weighted; see `coterie.ops.route_topk`.
+        selection_bias: balance the experts by a bias on the choice, updated by the trainer, without a gradient
+            (arXiv:2408.15664).
+        qk_norm: RMSNorm on every head's queries and keys.
+        attention_bias: biases on the attention's projections.
+        rope_theta: the rotary embedding's base.
+        norm_eps: of every RMSNorm.
+        tie_embeddings: the head's weight is the embedding's.
+        max_length: the longest sequence the model is meant for, and the length of a cache unless told otherwise.
+            Nothing stops a longer one: the rotary embedding goes on, the quality does not.
+        init_std: standard deviation of initial weights; of those that write to the residual stream,
+            init_std / sqrt(2 · num_layers).
+        recompute: do the experts' first layer again in backward instead of keeping its output: less memory, more time.
+    """
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mixers: tuple[str, ...] = ("attention",)
+    feed_forwards: tuple[str, ...] = ("moe",)
+    hidden_dim: int = 0
+    activation: str = "swiglu"
+    num_experts: int = 0
+    top_k: int = 0
+    expert_hidden_dim: int = 0
+    shared_hidden_dim: int = 0
+    shared_gate: bool = False
+    router_score: str = "softmax"
+    router_order: str = "before"
+    router_normalize: bool = True
+    router_scale: float = 1.0
+    router_groups: int = 1
+    router_top_groups: int = 1
+    router_group_score: str = "max"
+    selection_bias: bool = False
+    qk_norm: bool = False
+    attention_bias: bool = False
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    max_length: int = 2048
+    init_std: float = 0.02
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
+        positive = ["vocab_size", "dim", "num_layers", "num_heads", "max_length", "rope_theta", "norm_eps"]
+        positive += ["num_kv_heads"] * (self.num_kv_heads is not None)
+        positive += ["head_dim"] * (self.head_dim is not None)
+        if "mlp" in self.feed_forwards:
+            positive += ["hidden_dim"]
+        if "moe" in self.feed_forwards:
+            positive += ["num_experts", "top_k", "expert_hidden_dim"]
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("hidden_dim", "num_experts", "top_k", "expert_hidden_dim", "shared_hidden_dim", "init_std"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        self._check_patterns()
+        self._check_heads()
+        if "moe" in self.feed_forwards:
+            self._check_router()
+        activation_is_gated(self.activation)
+
+    def _check_patterns(self) -> None:
+        for name, accepted in (("mixers", MIXERS), ("feed_forwards", FEED_FORWARDS)):
+            pattern = getattr(self, name)
+            for entry in pattern:
+                if entry not in accepted:
+                    raise ValueError(f"{name} must be of {', '.join(map(repr, accepted))}, got {entry!r}")
+            if not pattern or self.num_layers % len(pattern):
+                raise ValueError(
+                    f"{name} is repeated up the layers: its length must divide num_layers = {self.num_layers}, "
+                    f"got {len(pattern)}"
+                )
+
+    def _check_heads(self) -> None:
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads = {self.num_heads}, got {self.num_kv_heads}")
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(f"num_heads must divide dim = {self.dim} unless head_dim is given, got {self.num_heads}")
+        head_dim = self.head_dim or self.dim // self.num_heads
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even for the rotary embedding, got {head_dim}")
+
+    def _check_router(self) -> None:
+        for name, accepted in (
+            ("router_score", ("softmax", "sigmoid")),
+            ("router_order", ("before", "after")),
+            ("router_group_score", ("max", "top2_sum")),
+        ):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {getattr(self, name)!r}")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k must be in 1..{self.num_experts} (num_experts), got {self.top_k}")
+        if self.router_groups < 1 or self.num_experts % self.router_groups:
+            raise ValueError(f"router_groups must divide num_experts = {self.num_experts}, got {self.router_groups}")
+        if not 1 <= self.router_top_groups <= self.router_groups:
+            raise ValueError(
+                f"router_top_groups must be in 1..{self.router_groups} (router_groups), got {self.router_top_groups}"
+            )
+        reachable = self.router_top_groups * (self.num_experts // self.router_groups)
+        if self.top_k > reachable:
+            raise ValueError(f"top_k must fit in the {reachable} experts of router_top_groups, got {self.top_k}")
+        if self.shared_gate and not self.shared_hidden_dim:
+            raise ValueError("shared_gate needs a shared expert: shared_hidden_dim is 0")
+
+    @property
+    def layer_mixers(self) -> tuple[str, ...]:
+        """`mixers` repeated to one entry a layer."""
+        return self.mixers * (self.num_layers // len(self.mixers))
+
+    @property
+    def layer_feed_forwards(self) -> tuple[str, ...]:
+        """`feed_forwards` repeated to one entry a layer."""
+        return self.feed_forwards * (self.num_layers // len(self.feed_forwards))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON has them (tuples are lists)."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TransformerConfig":
+        """The config of `to_dict`. Fields that are left out take their defaults.
+
+        Raises:
+            ValueError: an unknown or a missing field, or a value out of range; it is named.
+            TypeError: a value of the wrong type.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a config must be a JSON object of fields, got {type(values).__name__}")
+        known = {field.name for field in fields(cls)}
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"a config has no field {name!r}{hint}")
+        required = ("vocab_size", "dim", "num_layers", "num_heads")
+        if missing := [name for name in required if name not in values]:
+            raise ValueError(f"a config needs {', '.join(required)}; missing: {', '.join(missing)}")
+        return cls(**values)
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """`value` as the field's type, or TypeError: JSON's lists become tuples, ints become floats where asked."""
+    if kind == tuple[str, ...]:
+        if isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value):
+            return tuple(value)
+        raise TypeError(f"{name} must be a sequence of strings, got {value!r}")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    # bool is an int to Python, but num_layers=True is a mistake.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r}")
+    return value

@@ -1,0 +1,88 @@
+"""Named configs, and the dense model that a sparse one has to beat."""
+
+from dataclasses import replace
+
+from coterie.models.config import TransformerConfig
+
+PRESETS: dict[str, TransformerConfig] = {
+    # Bytes, and minutes on a laptop's two cores: the demo.
+    "tiny": TransformerConfig(
+        vocab_size=256,
+        dim=160,
+        num_layers=4,
+        num_heads=5,
+        num_experts=16,
+        top_k=2,
+        expert_hidden_dim=160,
+        qk_norm=True,
+        max_length=256,
+    ),
+    # 53 M parameters, 20 M active: hours on one GPU.
+    "nano": TransformerConfig(
+        vocab_size=32768,
+        dim=384,
+        num_layers=8,
+        num_heads=6,
+        num_kv_heads=2,
+        num_experts=32,
+        top_k=4,
+        expert_hidden_dim=128,
+        qk_norm=True,
+        max_length=1024,
+    ),
+    # 0.97 B parameters, 149 M active: days on one GPU.
+    "mini": TransformerConfig(
+        vocab_size=32768,
+        dim=768,
+        num_layers=24,
+        num_heads=12,
+        num_kv_heads=4,
+        num_experts=64,
+        top_k=6,
+        expert_hidden_dim=256,
+        qk_norm=True,
+        max_length=2048,
+    ),
+}
+
+
+def preset(name: str) -> TransformerConfig:
+    """The config of that name; ValueError names the ones there are."""
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(map(repr, PRESETS))}, got {name!r}")
+    return PRESETS[name]
+
+
+def dense_twin(config: TransformerConfig, match: str = "active") -> TransformerConfig:
+    """The same model with a dense MLP in place of every MoE.
+
+    The MLP's width is K·F + shared for match="active" (the feed-forward FLOPs of a token) and E·F + shared for
+    match="params" (the feed-forward parameters). The router, about 1/(3·F) of an expert layer, is left out of both:
+    the dense model gets nothing for it. Where a pattern mixes "mlp" and "moe", all layers get the mean width, so that
+    the model's sum is the same.
+
+    Args:
+        config: a config with at least one "moe" layer.
+        match: "active" | "params".
+    """
+    if match not in ("active", "params"):
+        raise ValueError(f"match must be 'active' or 'params', got {match!r}")
+    if "moe" not in config.feed_forwards:
+        raise ValueError("config must have a 'moe' in feed_forwards to have a dense twin")
+    experts = config.top_k if match == "active" else config.num_experts
+    widths = {
+        "moe": experts * config.expert_hidden_dim + config.shared_hidden_dim,
+        "mlp": config.hidden_dim,
+    }
+    total = sum(widths[name] for name in config.feed_forwards)
+    return replace(
+        config,
+        feed_forwards=("mlp",),
+        hidden_dim=round(total / len(config.feed_forwards)),
+        num_experts=0,
+        top_k=0,
+        expert_hidden_dim=0,
+        shared_hidden_dim=0,
+        shared_gate=False,
+        selection_bias=False,
+    )

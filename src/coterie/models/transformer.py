@@ -1,0 +1,266 @@
+"""The decoder-only transformer that the modules make up."""
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from coterie.models.cache import KVCache, token_positions
+from coterie.models.config import TransformerConfig
+from coterie.models.pretrained import load_weights, read_config, save_pretrained
+from coterie.modules.attention import Attention, AttentionCache
+from coterie.modules.gated_mlp import GatedMLP
+from coterie.modules.moe import MoE
+from coterie.modules.norm import RMSNorm
+from coterie.modules.rotary import RotaryEmbedding
+from coterie.modules.router import TopKRouter
+from coterie.ops import Routing
+
+
+class TransformerOutput(NamedTuple):
+    """What a forward returns.
+
+    Attributes:
+        logits: [B, L, vocab] in the model's dtype (autocast's, under autocast).
+        routings: one `Routing` a MoE layer, bottom up; losses and telemetry are functions of them.
+    """
+
+    logits: Tensor
+    routings: tuple[Routing, ...]
+
+
+class TransformerLayer(nn.Module):
+    """x + mixer(norm(x)), then x + feed_forward(norm(x)).
+
+    Args:
+        config: the model's.
+        index: which layer this is, from 0; its place in the config's patterns.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        index: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        place = {"device": device, "dtype": dtype}
+        self.mixer_norm = RMSNorm(config.dim, config.norm_eps, **place)
+        self.mixer = Attention(
+            config.dim,
+            config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            qk_norm=config.qk_norm,
+            bias=config.attention_bias,
+            norm_eps=config.norm_eps,
+            **place,
+        )
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps, **place)
+        self.feed_forward: MoE | GatedMLP
+        if config.layer_feed_forwards[index] == "moe":
+            self.feed_forward = _moe(config, **place)
+        else:
+            self.feed_forward = GatedMLP(config.dim, config.hidden_dim, activation=config.activation, **place)
+
+    def reset_parameters(self, std: float, output_std: float) -> None:
+        """Norms 1, biases 0, weights normal(0, std); normal(0, output_std) where they write to the residual stream."""
+        self.mixer_norm.reset_parameters()
+        self.mixer.reset_parameters(std, output_std)
+        self.feed_forward_norm.reset_parameters()
+        self.feed_forward.reset_parameters(std, output_std)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        token_mask: Tensor | None = None,
+        cache_layer: AttentionCache | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """[B, L, D] → ([B, L, D], the routing of a MoE or None)."""
+        x = x + self.mixer(self.mixer_norm(x), rotary, token_mask=token_mask, cache_layer=cache_layer)
+        h = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, MoE):
+            y, routing = self.feed_forward(h, token_mask)
+            return x + y, routing
+        return x + self.feed_forward(h), None
+
+
+class Transformer(nn.Module):
+    """tokens → embedding → layers → norm → head → logits; every position sees itself and those before it.
+
+    Weights start normal(0, config.init_std), embedding and head included; those that write to the residual stream
+    (the attention's o_proj, every down_proj) start normal(0, init_std / sqrt(2 · num_layers)), so that the stream's
+    variance does not grow with depth (GPT-2). Norms start at 1, biases at 0.
+
+    Set `gradient_checkpointing = True` to keep only each layer's input for backward, and compute the layer again
+    then: the same gradients, bit for bit, for about a third more time and far less memory.
+
+    Args:
+        config: the description.
+        device: where to; "meta" builds the shapes alone, without memory.
+        dtype: of the parameters.
+    """
+
+    gradient_checkpointing: bool = False
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        # Built without memory first, so that the weights are drawn once, by the rule above, and not by every module.
+        place = {"device": "meta", "dtype": dtype}
+        self.embedding = nn.Embedding(config.vocab_size, config.dim, **place)
+        self.layers = nn.ModuleList(TransformerLayer(config, i, **place) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps, **place)
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False, **place)
+        self.rotary = RotaryEmbedding(config.head_dim or config.dim // config.num_heads, config.rope_theta)
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, from the global random state."""
+        std = self.config.init_std
+        nn.init.normal_(self.embedding.weight, std=std)
+        for layer in self.layers:
+            layer.reset_parameters(std, std / (2 * self.config.num_layers) ** 0.5)
+        self.norm.reset_parameters()
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=std)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        num_logits: int | None = None,
+    ) -> TransformerOutput:
+        """Logits of the token after each position.
+
+        Args:
+            input_ids: [B, L] int64.
+            token_mask: [B, L] bool, False = padding, anywhere. The logits of the tokens are those of the sequence
+                without its padding: padding is attended by none, routed nowhere and counted in no position.
+            cache: what came before; these L positions are appended to it. Call under `torch.no_grad()`.
+            num_logits: only the last so many positions' logits, [B, num_logits, vocab]; the head is not computed for
+                the others.
+        """
+        _check_inputs(input_ids, token_mask, cache)
+        place = token_positions if cache is None else cache.positions
+        rotary = self.rotary(place(input_ids, token_mask))
+        x = self.embedding(input_ids)  # [B, L, D]
+        recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
+        routings = []
+        for index, layer in enumerate(self.layers):
+            if recompute:
+                x, routing = checkpoint(layer, x, rotary, token_mask, use_reentrant=False)
+            else:
+                x, routing = layer(x, rotary, token_mask, None if cache is None else cache.layers[index])
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.advance(input_ids, token_mask)
+        if num_logits is not None:
+            x = x[:, max(x.shape[1] - num_logits, 0) :]
+        x = self.norm(x)
+        logits = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        return TransformerOutput(logits, tuple(routings))
+
+    def moe_layers(self) -> list[MoE]:
+        """The MoE modules, in the order of `TransformerOutput.routings`."""
+        return [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MoE)]
+
+    def new_cache(self, batch_size: int, max_length: int | None = None, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache on the model's device.
+
+        Args:
+            batch_size: B, fixed for its life.
+            max_length: positions to make room for; None: config.max_length.
+            dtype: of keys and values; None: the weights'.
+        """
+        if max_length is None:
+            max_length = self.config.max_length
+        layers = [layer.mixer.new_cache(batch_size, max_length, dtype=dtype) for layer in self.layers]
+        return KVCache(layers, max_length)
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Write config.json and model.safetensors to the folder `path`; see `coterie.models.pretrained`."""
+        save_pretrained(path, self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Transformer":
+        """The model that `save_pretrained` wrote to the folder `path`.
+
+        Args:
+            path: the folder.
+            device: where to; None: the CPU.
+            dtype: of the parameters; None: the file's.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: a file in it is missing, cut short, changed, pickled, or of another model; the message says
+                which and how. Nothing in the files is executed.
+        """
+        model = cls(read_config(path), device="meta")
+        load_weights(path, model, device=device, dtype=dtype)
+        return model
+
+
+def _moe(config: TransformerConfig, **place) -> MoE:
+    router = TopKRouter(
+        config.dim,
+        config.num_experts,
+        config.top_k,
+        score=config.router_score,
+        order=config.router_order,
+        normalize=config.router_normalize,
+        scale=config.router_scale,
+        num_groups=config.router_groups,
+        top_groups=config.router_top_groups,
+        group_score=config.router_group_score,
+        selection_bias=config.selection_bias,
+        **place,
+    )
+    return MoE(
+        config.dim,
+        config.expert_hidden_dim,
+        config.num_experts,
+        config.top_k,
+        activation=config.activation,
+        shared_hidden_dim=config.shared_hidden_dim,
+        shared_gate=config.shared_gate,
+        router=router,
+        recompute=config.recompute,
+        **place,
+    )
+
+
+def _check_inputs(input_ids: Tensor, token_mask: Tensor | None, cache: KVCache | None) -> None:
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be integers of shape [B, L], got {input_ids.dtype} {tuple(input_ids.shape)}")
+    if token_mask is not None and (token_mask.shape != input_ids.shape or token_mask.dtype != torch.bool):
+        raise ValueError(
+            f"token_mask must be bool of input_ids' shape {tuple(input_ids.shape)}, got {token_mask.dtype} "
+            f"{tuple(token_mask.shape)}"
+        )
+    if cache is not None and cache.length + input_ids.shape[1] > cache.max_length:
+        raise ValueError(
+            f"the cache is full: it holds {cache.length} of at most {cache.max_length} positions, and "
+            f"{input_ids.shape[1]} more came; make it with a larger max_length"
+        )
