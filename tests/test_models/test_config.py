@@ -1,0 +1,98 @@
+import json
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+from coterie.models import TransformerConfig
+
+DENSE = {
+    "vocab_size": 50,
+    "dim": 32,
+    "num_layers": 6,
+    "num_heads": 4,
+    "feed_forwards": ("mlp",),
+    "hidden_dim": 64,
+}
+SPARSE = {
+    **DENSE,
+    "feed_forwards": ("moe",),
+    "num_experts": 8,
+    "top_k": 2,
+    "expert_hidden_dim": 16,
+}
+
+
+def test_json_round_trip(small_config):
+    text = json.dumps(small_config.to_dict())
+    again = TransformerConfig.from_dict(json.loads(text))
+    assert again == small_config
+    assert hash(again) == hash(small_config)
+    assert isinstance(again.feed_forwards, tuple)
+
+
+def test_left_out_fields_take_their_defaults():
+    assert TransformerConfig.from_dict(SPARSE) == TransformerConfig(**SPARSE)
+
+
+def test_patterns_are_repeated_up_the_layers():
+    config = TransformerConfig(**{**SPARSE, "feed_forwards": ("mlp", "moe", "moe")})
+    assert config.layer_feed_forwards == ("mlp", "moe", "moe") * 2
+    assert config.layer_mixers == ("attention",) * 6
+
+
+def test_whole_numbers_do_for_floats_and_the_config_is_frozen():
+    config = TransformerConfig(**{**DENSE, "rope_theta": 10000})
+    assert config.rope_theta == 10000.0
+    assert isinstance(config.rope_theta, float)
+    with pytest.raises(FrozenInstanceError):
+        config.dim = 3
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"vocab_size": 0}, ValueError, "vocab_size must be positive, got 0"),
+        ({"num_layers": -1}, ValueError, "num_layers must be positive"),
+        ({"num_layers": True}, TypeError, "num_layers must be int, got True"),
+        ({"dim": "32"}, TypeError, "dim must be int, got '32'"),
+        ({"head_dim": 8.0}, TypeError, r"head_dim must be int \| None, got 8.0"),
+        ({"qk_norm": 1}, TypeError, "qk_norm must be bool, got 1"),
+        ({"feed_forwards": "moe"}, TypeError, "feed_forwards must be a sequence of strings"),
+        ({"feed_forwards": ("dense",)}, ValueError, "feed_forwards must be of 'mlp', 'moe', got 'dense'"),
+        ({"feed_forwards": ()}, ValueError, "feed_forwards .* got 0"),
+        ({"mixers": ("attention",) * 4}, ValueError, "mixers .* divide num_layers = 6, got 4"),
+        ({"mixers": ("mamba",)}, ValueError, "mixers must be of 'attention', got 'mamba'"),
+        ({"num_kv_heads": 3}, ValueError, "num_kv_heads must divide num_heads = 4, got 3"),
+        ({"num_heads": 5}, ValueError, "num_heads must divide dim = 32"),
+        ({"head_dim": 7}, ValueError, "head_dim must be even .* got 7"),
+        ({"feed_forwards": ("mlp",), "hidden_dim": 0}, ValueError, "hidden_dim must be positive"),
+        ({"num_experts": 0}, ValueError, "num_experts must be positive"),
+        ({"top_k": 9}, ValueError, r"top_k must be in 1..8 \(num_experts\), got 9"),
+        ({"expert_hidden_dim": 0}, ValueError, "expert_hidden_dim must be positive"),
+        ({"shared_hidden_dim": -4}, ValueError, "shared_hidden_dim must not be negative, got -4"),
+        ({"shared_gate": True}, ValueError, "shared_gate needs a shared expert"),
+        ({"router_score": "tanh"}, ValueError, "router_score must be one of 'softmax', 'sigmoid', got 'tanh'"),
+        ({"router_groups": 3}, ValueError, "router_groups must divide num_experts = 8, got 3"),
+        ({"router_groups": 4, "router_top_groups": 5}, ValueError, "router_top_groups must be in 1..4"),
+        ({"router_groups": 8, "top_k": 2}, ValueError, "top_k must fit in the 1 experts"),
+        ({"activation": "swish"}, ValueError, "activation must be one of .*'swish'"),
+        ({"init_std": -0.1}, ValueError, "init_std must not be negative"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_is_accepted(change, error, message):
+    with pytest.raises(error, match=message):
+        TransformerConfig(**{**SPARSE, **change})
+
+
+def test_unknown_and_missing_fields_are_named():
+    with pytest.raises(ValueError, match="no field 'num_expert'; did you mean 'num_experts'"):
+        TransformerConfig.from_dict({**SPARSE, "num_expert": 4})
+    with pytest.raises(ValueError, match="missing: num_layers"):
+        TransformerConfig.from_dict({name: value for name, value in SPARSE.items() if name != "num_layers"})
+    with pytest.raises(TypeError, match="JSON object"):
+        TransformerConfig.from_dict([1, 2])
+
+
+def test_replace_checks_again():
+    with pytest.raises(ValueError, match="top_k"):
+        replace(TransformerConfig(**SPARSE), top_k=100)
