@@ -1,0 +1,85 @@
+from dataclasses import replace
+
+import pytest
+
+from coterie.models import PRESETS, Transformer, TransformerConfig, dense_twin, preset
+
+
+def _parameters(config: TransformerConfig) -> tuple[int, int]:
+    """All parameters, and those that one token uses; embedding included once."""
+    model = Transformer(config, device="meta")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = 0
+    for moe in model.moe_layers():
+        experts = sum(parameter.numel() for parameter in moe.experts.parameters())
+        idle += experts * (config.num_experts - config.top_k) // config.num_experts
+    return total, total - idle
+
+
+def _feed_forward_parameters(config: TransformerConfig) -> tuple[int, int]:
+    model = Transformer(config, device="meta")
+    total = sum(p.numel() for name, p in model.named_parameters() if "feed_forward." in name)
+    everything, active = _parameters(config)
+    return total, total - (everything - active)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("tiny", (1e6, 12e6), (0.3e6, 3e6)),
+        ("nano", (30e6, 60e6), (10e6, 30e6)),
+        ("mini", (0.95e9, 1.05e9), (140e6, 160e6)),
+    ],
+)
+def test_parameters(name, total, active):
+    got = _parameters(preset(name))
+    assert total[0] <= got[0] <= total[1]
+    assert active[0] <= got[1] <= active[1]
+
+
+def test_tiny_reads_bytes():
+    assert PRESETS["tiny"].vocab_size == 256
+    assert PRESETS["tiny"].max_length == 256
+
+
+def test_an_unknown_preset_is_named_with_the_known():
+    with pytest.raises(ValueError, match="'tiny', 'nano', 'mini', got 'huge'"):
+        preset("huge")
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.parametrize("shared", [0, 64])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_dense_twin_has_equal_feed_forwards(name, shared, activation):
+    config = replace(preset(name), num_layers=2, shared_hidden_dim=shared, activation=activation)
+    total, active = _feed_forward_parameters(config)
+    router = config.num_layers * config.num_experts * config.dim
+    # Parameters of a feed-forward are its multiplications a token: equal active FLOPs is equal active parameters.
+    assert _feed_forward_parameters(dense_twin(config))[0] == active - router
+    params = _feed_forward_parameters(dense_twin(config, match="params"))[0]
+    assert params == total - router
+    assert abs(params / total - 1) < 0.01
+    everything = _parameters(dense_twin(config, match="params"))[0] / _parameters(config)[0]
+    assert abs(everything - 1) < 0.01
+
+
+def test_dense_twin_changes_nothing_but_the_feed_forwards(small_config):
+    config = replace(small_config, feed_forwards=("moe",), shared_gate=False)
+    twin = dense_twin(config)
+    assert twin.feed_forwards == ("mlp",)
+    assert twin.hidden_dim == 2 * 10 + 12
+    assert (twin.num_experts, twin.top_k, twin.shared_hidden_dim) == (0, 0, 0)
+    for field in ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "qk_norm", "max_length", "activation"):
+        assert getattr(twin, field) == getattr(config, field)
+
+
+def test_dense_twin_of_a_mixed_pattern_keeps_the_sum(small_config):
+    assert dense_twin(small_config).hidden_dim == (20 + 2 * 10 + 12) // 2
+    assert dense_twin(small_config, match="params").hidden_dim == (20 + 6 * 10 + 12) // 2
+
+
+def test_dense_twin_refuses_what_it_cannot_match(small_config):
+    with pytest.raises(ValueError, match="match must be 'active' or 'params', got 'flops'"):
+        dense_twin(small_config, match="flops")
+    with pytest.raises(ValueError, match="'moe' in feed_forwards"):
+        dense_twin(dense_twin(small_config))
