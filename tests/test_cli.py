@@ -25,11 +25,6 @@ CONFIG = TransformerConfig(
 TINY_RUN = ["--steps=4", "--batch-size=2", "--length=16", "--eval-every=2", "--eval-batches=1", "--checkpoint-every=2"]
 
 
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch):
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # main sets a default, which must not outlive a test
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A model's config and a text."""

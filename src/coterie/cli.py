@@ -19,9 +19,6 @@ COMMANDS = ("train", "generate", "inspect")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (`sys.argv` if None) and returns its exit code."""
-    # torch's CPU allocator reads this at its first allocation: huge pages for large buffers. Training takes hundreds
-    # of fresh ones per step, and with small pages it is the page faults that one waits for.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a table's rule must not fail in an ASCII terminal
