@@ -1,5 +1,7 @@
 """The router: one linear layer in float32, then `route_topk`."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,7 +66,9 @@ class TopKRouter(nn.Module):
             nn.init.zeros_(self.selection_bias)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Routing:
-        with torch.autocast(x.device.type, enabled=False):
+        # Some devices (meta) have no autocast to switch off.
+        has_autocast = torch.amp.is_autocast_available(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
             bias = None if self.bias is None else self.bias.float()
             logits = F.linear(x.flatten(0, -2).float(), self.weight.float(), bias)  # [T, E]
             return route_topk(

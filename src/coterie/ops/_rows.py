@@ -50,12 +50,6 @@ def row_multiple(dtype: torch.dtype) -> int:
     return 1 if dtype in (torch.float32, torch.float64) else 32
 
 
-def padded(rows: Tensor, multiple: int) -> Tensor:
-    """`rows` with zero rows added up to a multiple; the same tensor where there are none to add."""
-    missing = -rows.shape[0] % multiple
-    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
-
-
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """In what sums over rows are kept: float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32

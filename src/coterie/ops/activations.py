@@ -16,7 +16,6 @@ Parameters stand in brackets. alpha: g · σ(alpha · g) instead of silu; limit:
 
 import ast
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +45,17 @@ class Activation:
     up_offset: float = 0.0
 
 
-@lru_cache
 def parse_activation(text: str) -> Activation:
     """Reads "swiglu" or "swiglu(alpha=1.702, limit=7.0, up_offset=1.0)"."""
+    if text not in _PARSED:  # a plain dict: torch.compile traces it, unlike lru_cache
+        _PARSED[text] = _parse(text)
+    return _PARSED[text]
+
+
+_PARSED: dict[str, Activation] = {}
+
+
+def _parse(text: str) -> Activation:
     name, bracket, _ = text.partition("(")
     if name not in _FUNCTIONS:
         raise ValueError(f"activation must be one of {', '.join(_FUNCTIONS)}, got {text!r}")

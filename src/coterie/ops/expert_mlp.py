@@ -1,13 +1,20 @@
 """A two-layer MLP whose weights are chosen per row: ragged, dropless, the MoE layer without its router."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from coterie.ops import _expert_mlp_cpu, _expert_mlp_device
+from coterie.ops import _expert_mlp_tiled, _expert_mlp_whole
 from coterie.ops._arguments import check_tensor, choose_impl
 from coterie.ops._rows import sort_rows
 from coterie.ops.activations import activation_is_gated, apply_activation
 from coterie.ops.grouped_matmul import grouped_matmul
+
+# Routed rows (T·K) up to which a CPU takes whole tensors: their intermediates fit its cache anyway.
+_FEW_ROWS = 512
+# And up to which each is multiplied by itself.
+_SINGLE_ROWS = 16
 
 
 def expert_mlp(
@@ -46,8 +53,9 @@ def expert_mlp(
     """
     impl = choose_impl(impl)
     _check(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
     elif not x.dtype == gate_up_proj.dtype == down_proj.dtype:
         raise TypeError(
             f"gate_up_proj and down_proj must have x's dtype, {x.dtype}, outside autocast; "
@@ -57,7 +65,13 @@ def expert_mlp(
     if impl == "reference":
         return _reference(x, expert_ids, *tensors[1:], activation)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, *_ = _torch_op(x, expert_ids, *tensors[1:], activation, recorded and not recompute)
+    if not recorded and type(x) is Tensor and device != "meta" and not torch.compiler.is_compiling():
+        # Nothing to record or trace: a decoding step need not pay for the custom op, nor for sorting.
+        if device == "cpu" and weights.numel() <= _SINGLE_ROWS:
+            return _expert_mlp_whole.forward_unsorted(x, expert_ids, *tensors[1:], activation)
+        y, *_ = _executor(x, weights).forward(x, expert_ids, *tensors[1:], activation, keep_hidden=False)
+    else:
+        y, *_ = _torch_op(x, expert_ids, *tensors[1:], activation, recorded and not recompute)
     return y
 
 
@@ -84,8 +98,9 @@ def _torch_op(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [T, D], and what backward wants: hidden [N, 2F] ([0, 2F] unless kept), order [N], counts [E]."""
-    on = _expert_mlp_cpu if x.device.type == "cpu" else _expert_mlp_device
-    return on.forward(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, keep_hidden)
+    return _executor(x, weights).forward(
+        x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, keep_hidden
+    )
 
 
 @_torch_op.register_fake
@@ -111,8 +126,7 @@ def _torch_backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    on = _expert_mlp_cpu if x.device.type == "cpu" else _expert_mlp_device
-    return on.backward(
+    return _executor(x, weights).backward(
         grad,
         x,
         weights,
@@ -162,6 +176,11 @@ def _backward(ctx, grad, *_):
 
 
 _torch_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _executor(x: Tensor, weights: Tensor) -> ModuleType:
+    """Few rows are cheapest in few calls; many, in tiles that stay in cache."""
+    return _expert_mlp_tiled if x.device.type == "cpu" and weights.numel() > _FEW_ROWS else _expert_mlp_whole
 
 
 def _check(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation):

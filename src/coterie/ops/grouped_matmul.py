@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coterie.ops._arguments import check_tensor, choose_impl
-from coterie.ops._rows import accumulator_dtype, matmul_dtype, padded, row_multiple
+from coterie.ops._rows import accumulator_dtype
+from coterie.ops._tiles import WeightGradient, lay_out
 
 
 def grouped_matmul(
@@ -58,35 +59,30 @@ def multiply_rows(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """[N, D] × [E, O, D] → [N, O]; rows past the counts give 0. The data gradient is this with weightᵀ."""
     if x.device.type != "cpu":
         return _multiply_rows_device(x, weight, counts)
-    y = x.new_empty(x.shape[0], weight.shape[1])
-    work = matmul_dtype(x.dtype)
-    start = 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            rows = slice(start, start + count)
-            tile = padded(x[rows].to(work), row_multiple(work))
-            y[rows] = torch.mm(tile, weight[expert].to(work).t())[:count]
-            start += count
-    y[start:] = 0
-    return y
+    layout = lay_out(counts, x.dtype)
+    laid_out = layout.spread(x)
+    y = x.new_empty(laid_out.shape[0], weight.shape[1])
+    for tile in layout.tiles:
+        rows, matrices, out = laid_out[tile.start : tile.stop], tile.matrices(weight).mT, y[tile.start : tile.stop]
+        if tile.dtype == x.dtype:
+            tile.multiply(rows, matrices, out)
+        else:
+            out.copy_(tile.multiply(rows.to(tile.dtype), matrices))
+    if layout.position is not None:
+        y = y.index_select(0, layout.position)
+    return F.pad(y, (0, 0, 0, len(x) - len(y))) if len(y) < len(x) else y
 
 
 def multiply_columns(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
     """[N, O], [N, D] → [E, O, D]: the weight gradient, aᵀ b over each expert's rows; 0 where there are none."""
     if a.device.type != "cpu":
         return _multiply_columns_device(a, b, counts)
-    out = a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
-    work = matmul_dtype(a.dtype)
-    start = 0
-    for expert, count in enumerate(counts.tolist()):
-        rows = slice(start, start + count)
-        if count:
-            tiles = [padded(t[rows].to(work), row_multiple(work)) for t in (a, b)]
-            out[expert] = torch.mm(tiles[0].t(), tiles[1])
-        else:
-            out[expert].zero_()
-        start += count
-    return out
+    layout = lay_out(counts, a.dtype)
+    a, b = layout.spread_zero(a), layout.spread(b)
+    total = WeightGradient(a.new_empty(counts.shape[0], a.shape[1], b.shape[1]), counts)
+    for tile in layout.tiles:
+        total.add(tile, *(rows[tile.start : tile.stop].to(tile.dtype) for rows in (a, b)))
+    return total.gradient
 
 
 def expert_of_rows(counts: Tensor, num_rows: int) -> Tensor:
@@ -95,7 +91,7 @@ def expert_of_rows(counts: Tensor, num_rows: int) -> Tensor:
 
 
 def _multiply_rows_device(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    y = _grouped_mm(_aligned(x), _aligned(weight).transpose(1, 2), counts)
+    y = _grouped_mm(_aligned(x), _aligned(weight.to(x.dtype)).transpose(1, 2), counts)
     used = torch.arange(x.shape[0], device=x.device) < counts.sum()
     return torch.where(used[:, None], y, 0)  # grouped_mm leaves rows past the last expert as they were
 
@@ -140,8 +136,7 @@ def _torch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs_x, needs_weight, needs_bias = needs
     grad = grad.contiguous()
-    empty = grad.new_empty(0)
-    grad_x = grad_weight = grad_bias = empty
+    grad_x, grad_weight, grad_bias = (grad.new_empty(0) for _ in needs)  # outputs of a custom op may not alias
     if needs_x:
         grad_x = multiply_rows(grad, weight.transpose(1, 2), counts)
         if rows is not None:

@@ -1,13 +1,14 @@
-"""`expert_mlp` on an accelerator without Triton: whole-tensor products by `grouped_mm`, no host synchronisation.
+"""`expert_mlp` a whole tensor of rows at a time: on accelerators, and on a CPU while the rows are few.
 
-Signatures as in `_expert_mlp_cpu`. It runs on a CPU too, where the tests check it.
+Signatures as in `_expert_mlp_tiled`. Products go through `multiply_rows` and `multiply_columns`, which are one
+`grouped_mm` on an accelerator: no host synchronisation.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.ops._rows import accumulator_dtype, sort_rows
+from coterie.ops._rows import accumulator_dtype, matmul_dtype, sort_rows
 from coterie.ops.activations import activation_and_gradient, apply_activation
 from coterie.ops.grouped_matmul import expert_of_rows, multiply_columns, multiply_rows
 
@@ -25,11 +26,57 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order, counts = sort_rows(expert_ids, gate_up_proj.shape[0])
     hidden = _hidden(x, order // expert_ids.shape[1], gate_up_proj, gate_up_bias, counts)
-    rows = multiply_rows(apply_activation(hidden, activation), down_proj.to(x.dtype), counts)
+    rows = multiply_rows(apply_activation(hidden, activation), down_proj, counts)
     if down_bias is not None:
         rows += _bias_rows(down_bias, counts, rows)
     y = _sum_slots(rows, order, weights)
     return y, hidden if keep_hidden else hidden.new_empty(0, hidden.shape[1]), order, counts
+
+
+def forward_unsorted(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """y [T, D] for a handful of routed rows on a CPU: a matrix-vector product each, at the memory's speed."""
+    work = x.dtype if x.dtype == torch.bfloat16 else matmul_dtype(x.dtype)  # nothing to gain at memory speed
+    experts = expert_ids.flatten().tolist()
+    rows = x.to(work).repeat_interleave(expert_ids.shape[1], 0)
+    hidden = _row_products(rows, experts, gate_up_proj, gate_up_bias)
+    rows = _row_products(apply_activation(hidden, activation), experts, down_proj, down_bias)
+    total = accumulator_dtype(x.dtype)
+    slots = rows.view(*weights.shape, -1).to(total)
+    return (slots * weights.unsqueeze(2).to(total)).sum(1).to(x.dtype)
+
+
+def _row_products(rows: Tensor, experts: list[int], stacked: Tensor, bias: Tensor | None) -> Tensor:
+    """rows[n] @ stacked[experts[n]]ᵀ + bias, [N, B]; zero in unused slots. Every microsecond of the loop counts."""
+    num_experts, width, _ = stacked.shape
+    out = torch.zeros(len(experts), width, dtype=rows.dtype)
+    if rows.dtype == torch.bfloat16:
+        factors, outs = rows.unbind(), out.unbind()
+    else:
+        # The BLAS runs a float32 matrix-vector product on one core: give each core a part of the matrix.
+        parts = torch.get_num_threads()
+        parts = parts if width % parts == 0 else 1
+        stacked = stacked.unflatten(1, (parts, -1)).mT  # [E, parts, A, B / parts]
+        factors = rows[:, None, None, :].expand(-1, parts, 1, -1).unbind()
+        outs = out.view(len(experts), parts, 1, -1).unbind()
+    for expert, factor, result in zip(experts, factors, outs, strict=True):
+        if expert < num_experts:
+            matrix = stacked[expert] if stacked.dtype == rows.dtype else stacked[expert].to(rows.dtype)
+            if factor.dim() == 1:
+                torch.mv(matrix, factor, out=result)
+            else:
+                torch.bmm(factor, matrix, out=result)
+    if bias is not None:
+        out += F.pad(bias, (0, 0, 0, 1))[experts].to(out.dtype)
+    return out
 
 
 def backward(
@@ -53,13 +100,13 @@ def backward(
     if not len(hidden):
         hidden = _hidden(x, token, gate_up_proj, gate_up_bias, counts)
     grad_rows = grad.index_select(0, token)  # [N, D]
-    grad_activated = multiply_rows(grad_rows, down_proj.to(x.dtype).transpose(1, 2), counts)  # before the weight
+    grad_activated = multiply_rows(grad_rows, down_proj.transpose(1, 2), counts)  # before the weight
     activated, grad_hidden = activation_and_gradient(hidden, grad_activated * scale, activation)
 
-    none = x.new_empty(0)
-    grad_x = grad_weights = grad_up = grad_down = grad_up_bias = grad_down_bias = none
+    # Outputs of a custom op may not alias, hence one empty tensor each.
+    grad_x, grad_weights, grad_up, grad_down, grad_up_bias, grad_down_bias = (x.new_empty(0) for _ in needs)
     if needs_x:
-        rows = multiply_rows(grad_hidden, gate_up_proj.to(x.dtype).transpose(1, 2), counts)
+        rows = multiply_rows(grad_hidden, gate_up_proj.transpose(1, 2), counts)
         grad_x = _sum_slots(rows, order, torch.ones_like(weights))
     if needs_weights:
         by_row = (grad_activated * activated).sum(1, dtype=accumulator_dtype(x.dtype))
@@ -79,7 +126,7 @@ def backward(
 
 
 def _hidden(x: Tensor, token: Tensor, gate_up_proj: Tensor, gate_up_bias: Tensor | None, counts: Tensor) -> Tensor:
-    hidden = multiply_rows(x.index_select(0, token), gate_up_proj.to(x.dtype), counts)
+    hidden = multiply_rows(x.index_select(0, token), gate_up_proj, counts)
     return hidden if gate_up_bias is None else hidden + _bias_rows(gate_up_bias, counts, hidden)
 
 
