@@ -1,5 +1,20 @@
-"""Building blocks for compact sparse transformers: plain PyTorch modules over three primitives."""
+"""Building blocks for compact sparse transformers: plain PyTorch modules over three primitives.
 
+`coterie.ops` holds the mathematics, `coterie.modules` the layers, `coterie.models` whole transformers;
+`coterie.training` and `coterie.report` are imported by whoever needs them.
+"""
+
+from coterie.models import (
+    PRESETS,
+    KVCache,
+    Transformer,
+    TransformerConfig,
+    TransformerOutput,
+    dense_twin,
+    generate,
+    preset,
+)
+from coterie.modules import Attention, Experts, GatedMLP, MoE, RMSNorm, RotaryEmbedding, TopKRouter
 from coterie.ops import (
     Routing,
     balance_loss,
@@ -13,10 +28,25 @@ from coterie.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "PRESETS",
+    "Attention",
+    "Experts",
+    "GatedMLP",
+    "KVCache",
+    "MoE",
+    "RMSNorm",
+    "RotaryEmbedding",
     "Routing",
+    "TopKRouter",
+    "Transformer",
+    "TransformerConfig",
+    "TransformerOutput",
     "balance_loss",
+    "dense_twin",
     "expert_mlp",
+    "generate",
     "grouped_matmul",
+    "preset",
     "route_topk",
     "selection_bias_update",
     "z_loss",
