@@ -21,8 +21,8 @@ from coterie.models.config import TransformerConfig
 from coterie.models.transformer import Transformer
 from coterie.training import Batches, TrainConfig, Trainer, checkpoint, load_checkpoint, read_log, save_checkpoint
 
-KILLS = {"checkpoint": 60, "planted": 20, "trainer": 20}
-STEPS = 100
+KILLS = {"checkpoint": 60, "planted": 20, "trainer": 15}
+STEPS = 60
 
 
 def kill_after(seconds, work):
@@ -143,6 +143,7 @@ def kill_trainers(folder):
             trainer.step()
         report(STEPS)
 
+    make_trainer(folder / "warm-up").step()  # what torch imports late is imported before the first fork
     kills, patience = 0, 0.1
     for _ in range(KILLS["trainer"]):
         numbers, killed = kill_after(random.uniform(0, patience), train)
