@@ -15,7 +15,7 @@ class Routing:
     Attributes:
         expert_ids: [T, K] int64. The value `num_experts` marks an unused slot, which costs nothing downstream.
         weights: [T, K] float32, differentiable, 0 in unused slots.
-        logits: [T, E] float32, the router's output before any score.
+        logits: [T, E] float32, the router's output before any score; 0 for padding.
         num_experts: E.
         token_mask: [T] bool; False is padding: routed nowhere, and in no loss, count or bias.
         score: how logits become scores, "softmax" or "sigmoid"; the balance loss needs it.
@@ -122,6 +122,8 @@ def route_topk(
 
     if logits.dtype != torch.float64:
         logits = logits.float()
+    if token_mask is not None:  # first of all: NaN in padding would survive its gradient of 0
+        logits = logits.masked_fill(~token_mask.unsqueeze(1), 0.0)
     score_fn = _softmax if score == "softmax" else torch.sigmoid
     scores = score_fn(logits) if order == "before" else logits
 
