@@ -64,9 +64,11 @@ def _parse(text: str) -> Activation:
     if bracket:
         try:
             call = ast.parse(text, mode="eval").body
-            parameters = {keyword.arg: float(ast.literal_eval(keyword.value)) for keyword in call.keywords}
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+                raise ValueError("one name, one pair of brackets")
             if call.args:
                 raise ValueError("parameters need names")
+            parameters = {keyword.arg: float(ast.literal_eval(keyword.value)) for keyword in call.keywords}
         except (SyntaxError, ValueError, TypeError) as error:
             raise ValueError(f"activation {text!r} must read like 'swiglu(alpha=1.702, limit=7.0)': {error}") from None
     accepted = {"alpha", "limit", "up_offset"} if gated else {"alpha"}
