@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coterie.ops._rows import accumulator_dtype, matmul_dtype, sort_rows
 from coterie.ops.activations import activation_and_gradient, apply_activation
-from coterie.ops.grouped_matmul import expert_of_rows, multiply_columns, multiply_rows
+from coterie.ops.grouped_matmul import expert_of_rows, multiply_columns, multiply_rows, sum_rows
 
 
 def forward(
@@ -119,9 +119,9 @@ def backward(
     if needs_up:
         grad_up = multiply_columns(grad_hidden, x.index_select(0, token), counts).to(gate_up_proj.dtype)
     if needs_up_bias:
-        grad_up_bias = _sum_rows(grad_hidden, counts).to(gate_up_bias.dtype)
+        grad_up_bias = sum_rows(grad_hidden, counts).to(gate_up_bias.dtype)
     if needs_down_bias:
-        grad_down_bias = _sum_rows(grad_rows * scale, counts).to(down_bias.dtype)
+        grad_down_bias = sum_rows(grad_rows * scale, counts).to(down_bias.dtype)
     return grad_x, grad_weights, grad_up, grad_down, grad_up_bias, grad_down_bias
 
 
@@ -142,8 +142,3 @@ def _sum_slots(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     slots = rows.index_select(0, position).view(*weights.shape, rows.shape[1])  # [T, K, D]
     total = accumulator_dtype(rows.dtype)
     return (slots.to(total) * weights.unsqueeze(2).to(total)).sum(1).to(rows.dtype)
-
-
-def _sum_rows(rows: Tensor, counts: Tensor) -> Tensor:
-    """[N, W] → [E, W]."""
-    return multiply_columns(rows, rows.new_ones(rows.shape[0], 1), counts).squeeze(2)

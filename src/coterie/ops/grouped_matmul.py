@@ -85,6 +85,15 @@ def multiply_columns(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
     return total.gradient
 
 
+def sum_rows(rows: Tensor, counts: Tensor) -> Tensor:
+    """[N, O] → [E, O]: the bias gradient; 0 for an expert without rows."""
+    if rows.device.type != "cpu":
+        return _multiply_columns_device(rows, rows.new_ones(rows.shape[0], 1), counts).squeeze(2)
+    heights = counts.tolist()
+    # Sums, not a product with ones: torch adds in pairs, the BLAS one after the other.
+    return torch.stack([piece.sum(0) for piece in rows[: sum(heights)].split(heights)])
+
+
 def expert_of_rows(counts: Tensor, num_rows: int) -> Tensor:
     """[N] int64: the expert of each sorted row, E past the last; no host synchronisation."""
     return torch.searchsorted(counts.cumsum(0), torch.arange(num_rows, device=counts.device), right=True)
@@ -145,8 +154,7 @@ def _torch_backward(
     if needs_weight:
         grad_weight = multiply_columns(grad, x if rows is None else x.index_select(0, rows), counts)
     if needs_bias:
-        ones = grad.new_ones(grad.shape[0], 1)
-        grad_bias = multiply_columns(grad, ones, counts).squeeze(2)
+        grad_bias = sum_rows(grad, counts)
     return grad_x, grad_weight, grad_bias
 
 
