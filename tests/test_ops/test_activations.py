@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _check import relative_error
 
+from _check import relative_error
 from coterie.ops import activation_is_gated, apply_activation
 from coterie.ops.activations import activation_and_gradient
 

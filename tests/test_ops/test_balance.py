@@ -5,9 +5,9 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
-from _check import fuzz
 from hypothesis import given
 
+from _check import fuzz
 from coterie.ops import Routing, balance_loss, route_topk, selection_bias_update, z_loss
 
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import hypothesis.strategies as st
 import pytest
 import torch
-from _check import fuzz
 from hypothesis import given
 
+from _check import fuzz
 from coterie.ops import Routing, route_topk
 
 IMPLS = ["reference", "torch"]

@@ -1,5 +1,6 @@
 """A two-layer MLP whose weights are chosen per row: ragged, dropless, the MoE layer without its router."""
 
+from contextlib import nullcontext
 from types import ModuleType
 
 import torch
@@ -54,22 +55,30 @@ def expert_mlp(
     impl = choose_impl(impl)
     _check(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation)
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    matrices = {
+        "gate_up_proj": gate_up_proj,
+        "down_proj": down_proj,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+    }
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:  # as autocast itself has it
         x = x.to(torch.get_autocast_dtype(device))
-    elif not x.dtype == gate_up_proj.dtype == down_proj.dtype:
-        raise TypeError(
-            f"gate_up_proj and down_proj must have x's dtype, {x.dtype}, outside autocast; "
-            f"got {gate_up_proj.dtype} and {down_proj.dtype}"
-        )
-    tensors = (x, weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
+    else:
+        for name, matrix in matrices.items():
+            if matrix is not None and matrix.dtype != x.dtype:
+                raise TypeError(f"{name} must have x's dtype, {x.dtype}, outside autocast; got {matrix.dtype}")
     if impl == "reference":
-        return _reference(x, expert_ids, *tensors[1:], activation)
+        cast = (t if t is None else t.to(x.dtype) for t in matrices.values())
+        return _reference(x, expert_ids, weights, *cast, activation)
+    tensors = (x, weights, *matrices.values())
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not recorded and type(x) is Tensor and device != "meta" and not torch.compiler.is_compiling():
         # Nothing to record or trace: a decoding step need not pay for the custom op, nor for sorting.
-        if device == "cpu" and weights.numel() <= _SINGLE_ROWS:
-            return _expert_mlp_whole.forward_unsorted(x, expert_ids, *tensors[1:], activation)
-        y, *_ = _executor(x, weights).forward(x, expert_ids, *tensors[1:], activation, keep_hidden=False)
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            if device == "cpu" and 0 < weights.numel() <= _SINGLE_ROWS:
+                return _expert_mlp_whole.forward_unsorted(x, expert_ids, *tensors[1:], activation)
+            y, *_ = _executor(x, weights).forward(x, expert_ids, *tensors[1:], activation, keep_hidden=False)
     else:
         y, *_ = _torch_op(x, expert_ids, *tensors[1:], activation, recorded and not recompute)
     return y
@@ -98,9 +107,10 @@ def _torch_op(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [T, D], and what backward wants: hidden [N, 2F] ([0, 2F] unless kept), order [N], counts [E]."""
-    return _executor(x, weights).forward(
-        x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, keep_hidden
-    )
+    with torch.autocast(x.device.type, enabled=False):  # the dtypes of products are chosen there
+        return _executor(x, weights).forward(
+            x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, keep_hidden
+        )
 
 
 @_torch_op.register_fake
@@ -126,20 +136,9 @@ def _torch_backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _executor(x, weights).backward(
-        grad,
-        x,
-        weights,
-        gate_up_proj,
-        down_proj,
-        gate_up_bias,
-        down_bias,
-        hidden,
-        order,
-        counts,
-        activation,
-        needs,
-    )
+    parameters = (gate_up_proj, down_proj, gate_up_bias, down_bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return _executor(x, weights).backward(grad, x, weights, *parameters, hidden, order, counts, activation, needs)
 
 
 @_torch_backward.register_fake
@@ -187,6 +186,8 @@ def _check(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_b
     check_tensor("x", x, (None, None), "[T, D]")
     check_tensor("expert_ids", expert_ids, (x.shape[0], None), "[T, K]", dtype=torch.int64)
     check_tensor("weights", weights, tuple(expert_ids.shape), "[T, K]")
+    if not weights.is_floating_point():
+        raise TypeError(f"weights must be floating point, float32 as a rule, got {weights.dtype}")
     check_tensor("gate_up_proj", gate_up_proj, (None, None, x.shape[1]), "[E, 2F, D]")
     num_experts, width, dim = gate_up_proj.shape
     gated = activation_is_gated(activation)

@@ -1,5 +1,7 @@
 """y[n] = x[rows[n]] @ weight[e(n)]ᵀ + bias[e(n)]: one matmul per expert over rows sorted by expert."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +31,7 @@ def grouped_matmul(
         impl: "reference" | "torch".
 
     Returns:
-        [N, O] in x's dtype. Gradients to x, weight and bias; an expert without rows has gradient 0.
+        [N, O] in x's dtype, under autocast too. Gradients to x, weight and bias; an expert without rows has gradient 0.
     """
     impl = choose_impl(impl)
     check_tensor("x", x, (None, None), "[N, D]")
@@ -39,9 +41,10 @@ def grouped_matmul(
         check_tensor("rows", rows, (None,), "[N]", dtype=torch.int64)
     if bias is not None:
         check_tensor("bias", bias, tuple(weight.shape[:2]), "[E, O]", dtype=x.dtype)
-    if impl == "reference":
-        return _reference(x, weight, counts, rows, bias)
-    return _torch_op(x, weight, counts, rows, bias)
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        return (_reference if impl == "reference" else _torch_op)(x, weight, counts, rows, bias)
 
 
 def _reference(x: Tensor, weight: Tensor, counts: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -59,7 +62,7 @@ def multiply_rows(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """[N, D] × [E, O, D] → [N, O]; rows past the counts give 0. The data gradient is this with weightᵀ."""
     if x.device.type != "cpu":
         return _multiply_rows_device(x, weight, counts)
-    layout = lay_out(counts, x.dtype)
+    layout = lay_out(counts, x.dtype, max(weight.shape[1:]))
     laid_out = layout.spread(x)
     y = x.new_empty(laid_out.shape[0], weight.shape[1])
     for tile in layout.tiles:
@@ -77,7 +80,7 @@ def multiply_columns(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
     """[N, O], [N, D] → [E, O, D]: the weight gradient, aᵀ b over each expert's rows; 0 where there are none."""
     if a.device.type != "cpu":
         return _multiply_columns_device(a, b, counts)
-    layout = lay_out(counts, a.dtype)
+    layout = lay_out(counts, a.dtype, max(a.shape[1], b.shape[1]))
     a, b = layout.spread_zero(a), layout.spread(b)
     total = WeightGradient(a.new_empty(counts.shape[0], a.shape[1], b.shape[1]), counts)
     for tile in layout.tiles:
@@ -88,7 +91,7 @@ def multiply_columns(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
 def sum_rows(rows: Tensor, counts: Tensor) -> Tensor:
     """[N, O] → [E, O]: the bias gradient; 0 for an expert without rows."""
     if rows.device.type != "cpu":
-        return _multiply_columns_device(rows, rows.new_ones(rows.shape[0], 1), counts).squeeze(2)
+        return _sum_rows_device(rows, counts)
     heights = counts.tolist()
     # Sums, not a product with ones: torch adds in pairs, the BLAS one after the other.
     return torch.stack([piece.sum(0) for piece in rows[: sum(heights)].split(heights)])
@@ -107,6 +110,10 @@ def _multiply_rows_device(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def _multiply_columns_device(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
     return _grouped_mm(_aligned(a).t(), _aligned(b), counts)
+
+
+def _sum_rows_device(rows: Tensor, counts: Tensor) -> Tensor:
+    return _multiply_columns_device(rows, rows.new_ones(rows.shape[0], 1), counts).squeeze(2)
 
 
 def _grouped_mm(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
@@ -143,9 +150,12 @@ def _(x, weight, counts, rows, bias):
 def _torch_backward(
     grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor, rows: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs_x, needs_weight, needs_bias = needs
-    grad = grad.contiguous()
-    grad_x, grad_weight, grad_bias = (grad.new_empty(0) for _ in needs)  # outputs of a custom op may not alias
+    with torch.autocast(grad.device.type, enabled=False):
+        return _gradients(grad.contiguous(), x, weight, counts, rows, *needs)
+
+
+def _gradients(grad, x, weight, counts, rows, needs_x, needs_weight, needs_bias):
+    grad_x, grad_weight, grad_bias = (grad.new_empty(0) for _ in range(3))  # outputs of a custom op may not alias
     if needs_x:
         grad_x = multiply_rows(grad, weight.transpose(1, 2), counts)
         if rows is not None:
