@@ -31,6 +31,7 @@ from coterie.training import (
     resolve_precision,
     write_atomically,
 )
+from coterie.training.memory import keep_freed_memory
 from coterie.training.trainer import CHECKPOINT, RUN_FILES
 
 RUN_FILE = "run.json"
@@ -46,6 +47,7 @@ SAMPLE_TOKENS = 240
 
 def run_train(options: Train) -> int:
     """Trains, then prints the table, writes report.json and report.png, and prints a sample."""
+    keep_freed_memory()
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run and --overwrite replaces it: give one of them")
     out = Path(options.out or f"runs/{_short_name(options.preset or 'tiny')}")

@@ -8,14 +8,15 @@ PRESETS: dict[str, TransformerConfig] = {
     # Bytes, and minutes on a laptop's two cores: the demo.
     "tiny": TransformerConfig(
         vocab_size=256,
-        dim=160,
+        dim=128,
         num_layers=4,
-        num_heads=5,
-        num_experts=16,
+        num_heads=2,
+        num_experts=32,
         top_k=2,
-        expert_hidden_dim=160,
+        expert_hidden_dim=128,
         qk_norm=True,
         max_length=256,
+        init_std=0.06,
     ),
     # 53 M parameters, 20 M active: hours on one GPU.
     "nano": TransformerConfig(

@@ -6,7 +6,6 @@ together, so that the cores work side by side instead of sharing one small produ
 has instructions for (float32 for bfloat16 on AVX2), converting one tile's weights at a time.
 """
 
-import torch
 from torch import Tensor
 
 from coterie.ops._rows import accumulator_dtype, sort_rows
@@ -30,7 +29,7 @@ def forward(
     hidden = x.new_empty(order.numel() if keep_hidden else 0, gate_up_proj.shape[1])
     y = x.new_zeros(x.shape, dtype=accumulator_dtype(x.dtype))
 
-    layout = lay_out(counts, x.dtype)
+    layout = lay_out(counts, x.dtype, max(gate_up_proj.shape[1:]))
     token = layout.spread(order // expert_ids.shape[1])
     scale = layout.spread_zero(weights.reshape(-1, 1)[order])
     for tile in layout.tiles:
@@ -73,10 +72,11 @@ def backward(
     grad_weights = weights.new_zeros(order.numel() if needs_weights else 0)  # zero in unused slots
     grad_up = WeightGradient(gate_up_proj, counts) if needs_up else None
     grad_down = WeightGradient(down_proj, counts) if needs_down else None
-    grad_up_bias = torch.zeros_like(gate_up_bias) if needs_up_bias else x.new_empty(0)
-    grad_down_bias = torch.zeros_like(down_bias) if needs_down_bias else x.new_empty(0)
+    # An expert's tiles are summed as y's rows are, and rounded once.
+    grad_up_bias = grad_x.new_zeros(gate_up_bias.shape if needs_up_bias else 0)
+    grad_down_bias = grad_x.new_zeros(down_bias.shape if needs_down_bias else 0)
 
-    layout = lay_out(counts, x.dtype)
+    layout = lay_out(counts, x.dtype, max(gate_up_proj.shape[1:]))
     token = layout.spread(order // weights.shape[1])
     scale = layout.spread_zero(weights.reshape(-1, 1)[order])
     for tile in layout.tiles:
@@ -115,11 +115,11 @@ def backward(
             grad_x.index_add_(0, token[rows], tile.multiply(grad_hidden, up_matrix).to(grad_x.dtype))
     return (
         grad_x.to(x.dtype),
-        grad_weights.view(weights.shape) if needs_weights else grad_weights,
+        grad_weights.view(weights.shape) if needs_weights else x.new_empty(0),
         grad_up.gradient if needs_up else x.new_empty(0),
         grad_down.gradient if needs_down else x.new_empty(0),
-        grad_up_bias,
-        grad_down_bias,
+        grad_up_bias.to(gate_up_bias.dtype if needs_up_bias else x.dtype),
+        grad_down_bias.to(down_bias.dtype if needs_down_bias else x.dtype),
     )
 
 
@@ -129,5 +129,5 @@ def _bias(tile: Tile, bias: Tensor) -> Tensor:
 
 
 def _add_bias_gradient(total: Tensor, tile: Tile, rows: Tensor) -> None:
-    sums = rows.unflatten(0, (tile.num_experts, -1)).sum(1)
+    sums = rows.unflatten(0, (tile.num_experts, -1)).sum(1, dtype=total.dtype)
     total[tile.first_expert : tile.first_expert + tile.num_experts] += sums

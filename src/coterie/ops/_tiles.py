@@ -10,10 +10,10 @@ from coterie.ops._rows import accumulator_dtype, matmul_dtype, row_multiple
 # Rows of one expert taken at a time: enough for the BLAS' full speed, few enough for the cache.
 _TILE_ROWS = 1024
 # Experts with few rows are taken together: enough of them for every core, few enough that their matrices, converted,
-# stay in cache; up to this many rows in all, and while padding them to equal heights wastes little.
+# stay in cache; while their rows stay there too (so many numbers), and padding them to equal heights wastes little.
 _GROUP_EXPERTS = 4
-_GROUP_ROWS = 256
-_GROUP_WASTE = 1.25
+_GROUP_NUMBERS = 2**18
+_GROUP_WASTE = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,11 @@ class Layout:
         return rows.index_select(0, self.position[tile.first_row : tile.last_row] - tile.start)
 
 
-def lay_out(counts: Tensor, dtype: torch.dtype) -> Layout:
-    """Groups neighbouring experts with few rows, cuts those with many, pads to what the matmul likes."""
+def lay_out(counts: Tensor, dtype: torch.dtype, width: int) -> Layout:
+    """Groups neighbouring experts with few rows, cuts those with many, pads to what the matmul likes.
+
+    `width` is a row's, the widest there is.
+    """
     native = matmul_dtype(dtype)
     multiple, group = row_multiple(native), max(_GROUP_EXPERTS, torch.get_num_threads())
     heights, tiles = counts.tolist(), []
@@ -96,7 +99,7 @@ def lay_out(counts: Tensor, dtype: torch.dtype) -> Layout:
         end = expert + 1
         while end < min(len(heights), expert + group) and (more := heights[end]):
             padded = max(tallest, more) * (end + 1 - expert)
-            if padded > min(_GROUP_ROWS, _GROUP_WASTE * (rows + more) + 4 * (end - expert)):
+            if padded > min(_GROUP_NUMBERS // width, _GROUP_WASTE * (rows + more) + 4 * (end - expert)):
                 break
             rows, tallest, end = rows + more, max(tallest, more), end + 1
         height = -(-tallest // multiple) * multiple

@@ -45,7 +45,7 @@ class TrainConfig:
     """
 
     steps: int = 400
-    batch_size: int = 16
+    batch_size: int = 8
     length: int = 256
     lr: float = 3e-3
     min_lr_ratio: float = 0.1
