@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.ops._rows import accumulator_dtype, matmul_dtype, sort_rows
+from coterie.ops._rows import accumulator_dtype, check_ids, matmul_dtype, sort_rows
 from coterie.ops.activations import activation_and_gradient, apply_activation
 from coterie.ops.grouped_matmul import expert_of_rows, multiply_columns, multiply_rows, sum_rows
 
@@ -46,6 +46,7 @@ def forward_unsorted(
     """y [T, D] for a handful of routed rows on a CPU: a matrix-vector product each, at the memory's speed."""
     work = x.dtype if x.dtype == torch.bfloat16 else matmul_dtype(x.dtype)  # nothing to gain at memory speed
     experts = expert_ids.flatten().tolist()
+    check_ids(min(experts), max(experts), gate_up_proj.shape[0])
     rows = x.to(work).repeat_interleave(expert_ids.shape[1], 0)
     hidden = _row_products(rows, experts, gate_up_proj, gate_up_bias)
     rows = _row_products(apply_activation(hidden, activation), experts, down_proj, down_bias)

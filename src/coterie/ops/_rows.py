@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 
+def check_ids(lowest: int, highest: int, num_experts: int) -> None:
+    if lowest < 0 or highest > num_experts:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"expert_ids must be in 0..{num_experts} ({num_experts} = unused slot), got {wrong}")
+
+
 def sort_rows(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Sorts the T·K slots by expert, then token, then slot; unused slots come last.
 
@@ -16,6 +22,8 @@ def sort_rows(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         order [T·K] int64: order[n] is the slot t·K + k of sorted row n; counts [E] int64: rows of each expert.
     """
     slots = expert_ids.flatten()
+    if slots.device.type == "cpu" and slots.numel():  # elsewhere one would have to wait for the answer
+        check_ids(*(limit.item() for limit in slots.aminmax()), num_experts)
     order = slots.argsort(stable=True)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=slots.device)
     counts = counts.scatter_add(0, slots, torch.ones_like(slots))
