@@ -70,8 +70,8 @@ def backward(
     needs_x, needs_weights, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
     grad_x = x.new_zeros(x.shape if needs_x else 0, dtype=accumulator_dtype(x.dtype))
     grad_weights = weights.new_zeros(order.numel() if needs_weights else 0)  # zero in unused slots
-    grad_up = WeightGradient(gate_up_proj, counts) if needs_up else None
-    grad_down = WeightGradient(down_proj, counts) if needs_down else None
+    grad_up = WeightGradient(gate_up_proj.shape, gate_up_proj.dtype, counts) if needs_up else None
+    grad_down = WeightGradient(down_proj.shape, down_proj.dtype, counts) if needs_down else None
     # An expert's tiles are summed as y's rows are, and rounded once.
     grad_up_bias = grad_x.new_zeros(gate_up_bias.shape if needs_up_bias else 0)
     grad_down_bias = grad_x.new_zeros(down_bias.shape if needs_down_bias else 0)

@@ -1,5 +1,6 @@
 """Sorted rows laid out for a CPU: pieces of one expert's rows, or all rows of a few experts that have few."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,10 +130,10 @@ def _padding(counts: Tensor, heights: Tensor, num_laid_out: int, num_rows: int) 
 
 
 class WeightGradient:
-    """A gradient [E, A, B] like `parameter`, written one tile at a time; zero for experts without rows."""
+    """A gradient [E, A, B], written one tile at a time; zero for experts without rows."""
 
-    def __init__(self, parameter: Tensor, counts: Tensor) -> None:
-        self.gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, counts: Tensor) -> None:
+        self.gradient = torch.empty(shape, dtype=dtype)
         for expert in (counts == 0).nonzero().flatten().tolist():
             self.gradient[expert].zero_()
         self._sum: Tensor | None = None

@@ -82,7 +82,7 @@ def multiply_columns(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
         return _multiply_columns_device(a, b, counts)
     layout = lay_out(counts, a.dtype, max(a.shape[1], b.shape[1]))
     a, b = layout.spread_zero(a), layout.spread(b)
-    total = WeightGradient(a.new_empty(counts.shape[0], a.shape[1], b.shape[1]), counts)
+    total = WeightGradient((counts.shape[0], a.shape[1], b.shape[1]), a.dtype, counts)
     for tile in layout.tiles:
         total.add(tile, *(rows[tile.start : tile.stop].to(tile.dtype) for rows in (a, b)))
     return total.gradient
