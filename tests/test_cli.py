@@ -384,7 +384,7 @@ def test_ctrl_c_on_the_program_itself(inputs, tmp_path):
 def test_the_command_line_imports_little_until_it_runs():
     code = (
         "import sys, coterie.cli; "
-        "print(sorted({'tyro', 'matplotlib', 'transformers', 'coterie.models', 'coterie.report'} & set(sys.modules)))"
+        "print(sorted({'tyro', 'matplotlib', 'transformers', 'coterie.training', 'coterie.report'} & set(sys.modules)))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"

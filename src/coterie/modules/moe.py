@@ -76,7 +76,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
         routing = self.router(x, token_mask)
-        y = self.experts(x.flatten(0, -2), routing).view_as(x)
+        y = self.experts(x.reshape(-1, x.shape[-1]), routing).view_as(x)
         if self.shared_expert is not None:
             shared = self.shared_expert(x)
             if self.shared_gate is not None:

@@ -55,6 +55,7 @@ class TopKRouter(nn.Module):
         # float32 whatever the model's dtype: steps of 1e-3 would drown in bfloat16.
         zeros = torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("selection_bias", zeros)
+        self._route(torch.zeros(0, num_experts, device="cpu"), None, None)  # refuses wrong settings now
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -70,20 +71,31 @@ class TopKRouter(nn.Module):
         has_autocast = torch.amp.is_autocast_available(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
             bias = None if self.bias is None else self.bias.float()
-            logits = F.linear(x.flatten(0, -2).float(), self.weight.float(), bias)  # [T, E]
-            return route_topk(
-                logits,
-                self.top_k,
-                score=self.score,
-                order=self.order,
-                normalize=self.normalize,
-                scale=self.scale,
-                selection_bias=self.selection_bias,
-                num_groups=self.num_groups,
-                top_groups=self.top_groups,
-                group_score=self.group_score,
-                token_mask=None if token_mask is None else token_mask.flatten(),
-            )
+            logits = F.linear(x.reshape(-1, x.shape[-1]).float(), self.weight.float(), bias)  # [T, E]
+            return self._route(logits, self.selection_bias, None if token_mask is None else token_mask.flatten())
+
+    def _route(self, logits: Tensor, selection_bias: Tensor | None, token_mask: Tensor | None) -> Routing:
+        return route_topk(
+            logits,
+            self.top_k,
+            score=self.score,
+            order=self.order,
+            normalize=self.normalize,
+            scale=self.scale,
+            selection_bias=selection_bias,
+            num_groups=self.num_groups,
+            top_groups=self.top_groups,
+            group_score=self.group_score,
+            token_mask=token_mask,
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        """Behind `to`, `bfloat16` and the like, which would round the selection bias with the weights."""
+        bias = self.selection_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.selection_bias.dtype != torch.float32:
+            self.selection_bias = bias.to(self.selection_bias.device)
+        return self
 
     @torch.no_grad()
     def update_selection_bias(self, counts: Tensor, rate: float = 1e-3) -> None:
