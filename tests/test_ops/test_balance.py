@@ -77,6 +77,14 @@ def test_losses_are_the_plain_loops(data, num_sequences, length):
             assert (grad[~routing.token_mask] == 0).all()
 
 
+def test_a_sequence_of_padding_is_not_averaged():
+    logits = torch.randn(12, 5)
+    mask = torch.tensor([True] * 3 + [False] + [False] * 4 + [True] * 4)
+    loss = balance_loss(route_topk(logits, 2, token_mask=mask), num_sequences=3)
+    each = [balance_loss(route_topk(part, 2)) for part in (logits[:3], logits[8:])]
+    torch.testing.assert_close(loss, sum(each) / 2)
+
+
 @given(st.data())
 @fuzz
 def test_layers_are_averaged(data):
