@@ -23,6 +23,7 @@ CONFIG = TransformerConfig(
     vocab_size=256, dim=16, num_layers=2, num_heads=2, num_experts=4, top_k=2, expert_hidden_dim=8, max_length=64
 )
 TINY_RUN = ["--steps=4", "--batch-size=2", "--length=16", "--eval-every=2", "--eval-batches=1", "--checkpoint-every=2"]
+TINY_RUN += ["--precision=float32"]  # whatever the machine multiplies natively
 
 
 @pytest.fixture(scope="module")

@@ -9,35 +9,38 @@ import torch
 from hypothesis import given
 
 from _check import check_op, fuzz
-from coterie.ops import _expert_mlp_whole, _tiles, expert_mlp
+from coterie.ops import _expert_mlp_cpu, _expert_mlp_device, _layout, _products, expert_mlp
 from coterie.ops.grouped_matmul import _multiply_columns_device, _multiply_rows_device
 
 # Two biases are two more roundings than the five that DESIGN.md's 5e-3 allows: × √(7 / 5).
 WITH_BIASES = {torch.float32: None, torch.float64: None, torch.bfloat16: (6e-3, 1.2e-2)}
 
 OP = sys.modules["coterie.ops.expert_mlp"]  # the package's attribute of that name is the function
+FLOAT32_ONLY = (torch.float32, torch.float64)
 GPT_OSS = "swiglu(alpha=1.702, limit=7.0, up_offset=1.0)"
 ACTIVATIONS = ["swiglu", "geglu", "geglu_tanh", "reglu", GPT_OSS, "silu", "gelu", "gelu_tanh", "relu", "relu2"]
-PATHS = ["reference", "tiled", "padded", "native", "whole", "device"]
+PATHS = ["reference", "converted", "native", "onednn", "device"]
+if not torch.backends.mkldnn.is_available():
+    PATHS.remove("onednn")
 
 
 def take_path(patch: pytest.MonkeyPatch, path: str) -> str:
-    """Forces one way through the op whatever the row count, and returns the `impl` to ask for.
+    """Forces one way through the op, and returns the `impl` to ask for.
 
-    tiled: a CPU with many rows. padded: with each expert's rows padded, as for oneDNN. native: bfloat16 multiplied as
-    it is, as on CPUs with instructions for it. whole: a CPU with few rows. device: what an accelerator runs.
+    converted: a CPU without bfloat16 instructions, which multiplies it as float32. native: one that has them; also in
+    many small chunks. onednn: one that multiplies float32 by oneDNN, rows padded. device: what an accelerator runs.
     """
     if path == "reference":
         return "reference"
-    patch.setattr(OP, "_FEW_ROWS", 10**9 if path in ("whole", "device") else -1)
     patch.setattr(OP, "_SINGLE_ROWS", -1)
-    if path in ("padded", "native"):
-        patch.setattr(_tiles, "row_multiple", lambda dtype: 32)
+    patch.setattr(_products, "multiplies_natively", lambda dtype: path != "converted" or dtype in FLOAT32_ONLY)
+    patch.setattr(_products, "float32_by_onednn", lambda: path == "onednn")
     if path == "native":
-        patch.setattr(_tiles, "matmul_dtype", lambda dtype: dtype)
+        patch.setattr(_layout, "_CHUNK_NUMBERS", 400)
     if path == "device":
-        patch.setattr(_expert_mlp_whole, "multiply_rows", _multiply_rows_device)
-        patch.setattr(_expert_mlp_whole, "multiply_columns", _multiply_columns_device)
+        patch.setattr(OP, "_executor", lambda x: _expert_mlp_device)
+        patch.setattr(_expert_mlp_device, "multiply_rows", _multiply_rows_device)
+        patch.setattr(_expert_mlp_device, "multiply_columns", _multiply_columns_device)
     return "torch"
 
 
@@ -222,8 +225,8 @@ def test_a_handful_of_rows(dtype, threads, monkeypatch):
     """At most _SINGLE_ROWS routed rows and nothing to record: a matrix-vector product each."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     called = []
-    forward = _expert_mlp_whole.forward_unsorted
-    monkeypatch.setattr(_expert_mlp_whole, "forward_unsorted", lambda *args: called.append(1) or forward(*args))
+    forward = _expert_mlp_cpu.forward_unsorted
+    monkeypatch.setattr(_expert_mlp_cpu, "forward_unsorted", lambda *args: called.append(1) or forward(*args))
     sizes = ((1, 2, "random"), (4, 4, "unused"), (8, 2, "one"), (1, 1, "nobody"), (0, 2, "random"))
     for tokens, top_k, how in sizes:
         for activation in ("swiglu", GPT_OSS, "relu2"):
@@ -274,15 +277,18 @@ def _rounded(t):
 def test_autocast_reaches_no_product_inside(monkeypatch):
     """On a CPU without bfloat16 instructions they run in float32, which autocast would undo; in backward too."""
     seen = []
-    multiply = _tiles.Tile.multiply
 
-    def watch(tile, rows, matrices, out=None):
-        y = multiply(tile, rows, matrices, out)
-        seen.append((rows.dtype, y.dtype))
-        return y
+    def watch(product):
+        def watched(a, b, out=None):
+            y = product(a, b, out)
+            seen.append((a.dtype, b.dtype))
+            return y
 
-    monkeypatch.setattr(_tiles.Tile, "multiply", watch)
-    monkeypatch.setattr(_tiles, "matmul_dtype", lambda dtype: torch.float32)
+        return watched
+
+    for name in ("multiply", "multiply_batch"):
+        monkeypatch.setattr(_layout, name, watch(getattr(_layout, name)))
+    monkeypatch.setattr(_products, "multiplies_natively", lambda dtype: dtype in FLOAT32_ONLY)
     for tokens in (40, 700):
         seen.clear()
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 
 from _check import check_op, fuzz, relative_error
-from coterie.ops import _tiles, grouped_matmul
+from coterie.ops import _layout, _products, grouped_matmul
 from coterie.ops.grouped_matmul import (
     _multiply_columns_device,
     _multiply_rows_device,
@@ -57,12 +57,14 @@ def test_is_the_reference(counts, dtype, more, impl):
     st.integers(0, 3),
     st.booleans(),
     st.booleans(),
-    st.sampled_from([1, 4, 32]),
+    st.booleans(),
+    st.sampled_from([1, 100, 2**18]),
 )
 @fuzz
-def test_any_shape(counts, dim, width, unused, gathered, bias, multiple):
+def test_any_shape(counts, dim, width, unused, gathered, bias, onednn, chunk):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_tiles, "row_multiple", lambda dtype: multiple)
+        patch.setattr(_products, "float32_by_onednn", lambda: onednn and torch.backends.mkldnn.is_available())
+        patch.setattr(_layout, "_CHUNK_NUMBERS", chunk)
         inputs = _inputs(counts, dim, width, torch.float32, unused=unused, gathered=gathered, bias=bias)
         check_op(_op, inputs, "torch", layouts=["dense"])
 

@@ -17,6 +17,7 @@ SMALL = {
     "eval_every": 3,
     "eval_batches": 2,
     "checkpoint_every": 3,
+    "precision": "float32",  # whatever the machine multiplies natively: compared with plain float32
 }
 
 

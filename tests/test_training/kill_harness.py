@@ -144,7 +144,10 @@ def kill_trainers(folder):
         report(STEPS)
 
     make_trainer(folder / "warm-up").step()  # what torch imports late is imported before the first fork
-    kills, patience = 0, 0.1
+    straight = make_trainer(folder / "straight")
+    started = time.perf_counter()
+    straight.train(progress=False)
+    kills, patience = 0, (time.perf_counter() - started) / 6  # however fast the machine, several kills a run
     for _ in range(KILLS["trainer"]):
         numbers, killed = kill_after(random.uniform(0, patience), train)
         kills += killed
@@ -153,7 +156,6 @@ def kill_trainers(folder):
         patience *= 1.1  # a busy machine may not get through its first step
     else:
         kill_after(None, train)
-    make_trainer(folder / "straight").train(progress=False)
     (one, state), (other, other_state) = (
         load_checkpoint(folder / name / "checkpoint.safetensors") for name in ("straight", "killed")
     )

@@ -6,15 +6,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from coterie.ops import _expert_mlp_tiled, _expert_mlp_whole
+from coterie.ops import _expert_mlp_cpu, _expert_mlp_device
 from coterie.ops._arguments import check_tensor, choose_impl
 from coterie.ops._rows import sort_rows
 from coterie.ops.activations import activation_is_gated, apply_activation
 from coterie.ops.grouped_matmul import grouped_matmul
 
-# Routed rows (T·K) up to which a CPU takes whole tensors: their intermediates fit its cache anyway.
-_FEW_ROWS = 512
-# And up to which each is multiplied by itself.
+# Routed rows (T·K) up to which a CPU multiplies each by itself.
 _SINGLE_ROWS = 16
 
 
@@ -77,8 +75,8 @@ def expert_mlp(
         # Nothing to record or trace: a decoding step need not pay for the custom op, nor for sorting.
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
             if device == "cpu" and 0 < weights.numel() <= _SINGLE_ROWS:
-                return _expert_mlp_whole.forward_unsorted(x, expert_ids, *tensors[1:], activation)
-            y, *_ = _executor(x, weights).forward(x, expert_ids, *tensors[1:], activation, keep_hidden=False)
+                return _expert_mlp_cpu.forward_unsorted(x, expert_ids, *tensors[1:], activation)
+            y, *_ = _executor(x).forward(x, expert_ids, *tensors[1:], activation, keep_hidden=False)
     else:
         y, *_ = _torch_op(x, expert_ids, *tensors[1:], activation, recorded and not recompute)
     return y
@@ -108,7 +106,7 @@ def _torch_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [T, D], and what backward wants: hidden [N, 2F] ([0, 2F] unless kept), order [N], counts [E]."""
     with torch.autocast(x.device.type, enabled=False):  # the dtypes of products are chosen there
-        return _executor(x, weights).forward(
+        return _executor(x).forward(
             x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, keep_hidden
         )
 
@@ -138,7 +136,7 @@ def _torch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = (gate_up_proj, down_proj, gate_up_bias, down_bias)
     with torch.autocast(x.device.type, enabled=False):
-        return _executor(x, weights).backward(grad, x, weights, *parameters, hidden, order, counts, activation, needs)
+        return _executor(x).backward(grad, x, weights, *parameters, hidden, order, counts, activation, needs)
 
 
 @_torch_backward.register_fake
@@ -177,9 +175,8 @@ def _backward(ctx, grad, *_):
 _torch_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _executor(x: Tensor, weights: Tensor) -> ModuleType:
-    """Few rows are cheapest in few calls; many, in tiles that stay in cache."""
-    return _expert_mlp_tiled if x.device.type == "cpu" and weights.numel() > _FEW_ROWS else _expert_mlp_whole
+def _executor(x: Tensor) -> ModuleType:
+    return _expert_mlp_cpu if x.device.type == "cpu" else _expert_mlp_device
 
 
 def _check(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation):

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coterie.ops._arguments import check_tensor, choose_impl
+from coterie.ops._layout import lay_out
+from coterie.ops._products import matmul_dtype
 from coterie.ops._rows import accumulator_dtype
-from coterie.ops._tiles import WeightGradient, lay_out
+from coterie.ops._sums import WeightGradient
 
 
 def grouped_matmul(
@@ -62,15 +64,11 @@ def multiply_rows(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """[N, D] × [E, O, D] → [N, O]; rows past the counts give 0. The data gradient is this with weightᵀ."""
     if x.device.type != "cpu":
         return _multiply_rows_device(x, weight, counts)
-    layout = lay_out(counts, x.dtype, max(weight.shape[1:]))
-    laid_out = layout.spread(x)
+    layout = lay_out(counts, x.dtype, weight.shape[1:])
+    laid_out, work = layout.spread(x), matmul_dtype(x.dtype)
     y = x.new_empty(laid_out.shape[0], weight.shape[1])
-    for tile in layout.tiles:
-        rows, matrices, out = laid_out[tile.start : tile.stop], tile.matrices(weight).mT, y[tile.start : tile.stop]
-        if tile.dtype == x.dtype:
-            tile.multiply(rows, matrices, out)
-        else:
-            out.copy_(tile.multiply(rows.to(tile.dtype), matrices))
+    for chunk in layout.chunks:
+        chunk.multiply(laid_out[chunk.rows].to(work), weight.mT, y[chunk.rows])
     if layout.position is not None:
         y = y.index_select(0, layout.position)
     return F.pad(y, (0, 0, 0, len(x) - len(y))) if len(y) < len(x) else y
@@ -80,11 +78,11 @@ def multiply_columns(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
     """[N, O], [N, D] → [E, O, D]: the weight gradient, aᵀ b over each expert's rows; 0 where there are none."""
     if a.device.type != "cpu":
         return _multiply_columns_device(a, b, counts)
-    layout = lay_out(counts, a.dtype, max(a.shape[1], b.shape[1]))
-    a, b = layout.spread_zero(a), layout.spread(b)
+    layout = lay_out(counts, a.dtype, (a.shape[1], b.shape[1]))
+    a, b, work = layout.spread_zero(a), layout.spread(b), matmul_dtype(a.dtype)
     total = WeightGradient((counts.shape[0], a.shape[1], b.shape[1]), a.dtype, counts)
-    for tile in layout.tiles:
-        total.add(tile, *(rows[tile.start : tile.stop].to(tile.dtype) for rows in (a, b)))
+    for chunk in layout.chunks:
+        total.add(chunk, *(rows[chunk.rows].to(work) for rows in (a, b)))
     return total.gradient
 
 

@@ -1,14 +1,13 @@
-"""`expert_mlp` a whole tensor of rows at a time: on accelerators, and on a CPU while the rows are few.
+"""`expert_mlp` on an accelerator, in plain torch: a whole tensor of rows at a time, each product one `grouped_mm`.
 
-Signatures as in `_expert_mlp_tiled`. Products go through `multiply_rows` and `multiply_columns`, which are one
-`grouped_mm` on an accelerator: no host synchronisation.
+Signatures as in `_expert_mlp_cpu`. No host synchronisation.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.ops._rows import accumulator_dtype, check_ids, matmul_dtype, sort_rows
+from coterie.ops._rows import accumulator_dtype, sort_rows
 from coterie.ops.activations import activation_and_gradient, apply_activation
 from coterie.ops.grouped_matmul import expert_of_rows, multiply_columns, multiply_rows, sum_rows
 
@@ -31,53 +30,6 @@ def forward(
         rows += _bias_rows(down_bias, counts, rows)
     y = _sum_slots(rows, order, weights)
     return y, hidden if keep_hidden else hidden.new_empty(0, hidden.shape[1]), order, counts
-
-
-def forward_unsorted(
-    x: Tensor,
-    expert_ids: Tensor,
-    weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """y [T, D] for a handful of routed rows on a CPU: a matrix-vector product each, at the memory's speed."""
-    work = x.dtype if x.dtype == torch.bfloat16 else matmul_dtype(x.dtype)  # nothing to gain at memory speed
-    experts = expert_ids.flatten().tolist()
-    check_ids(min(experts), max(experts), gate_up_proj.shape[0])
-    rows = x.to(work).repeat_interleave(expert_ids.shape[1], 0)
-    hidden = _row_products(rows, experts, gate_up_proj, gate_up_bias)
-    rows = _row_products(apply_activation(hidden, activation), experts, down_proj, down_bias)
-    total = accumulator_dtype(x.dtype)
-    slots = rows.view(*weights.shape, -1).to(total)
-    return (slots * weights.unsqueeze(2).to(total)).sum(1).to(x.dtype)
-
-
-def _row_products(rows: Tensor, experts: list[int], stacked: Tensor, bias: Tensor | None) -> Tensor:
-    """rows[n] @ stacked[experts[n]]ᵀ + bias, [N, B]; zero in unused slots. Every microsecond of the loop counts."""
-    num_experts, width, _ = stacked.shape
-    out = torch.zeros(len(experts), width, dtype=rows.dtype)
-    if rows.dtype == torch.bfloat16:
-        factors, outs = rows.unbind(), out.unbind()
-    else:
-        # The BLAS runs a float32 matrix-vector product on one core: give each core a part of the matrix.
-        parts = torch.get_num_threads()
-        parts = parts if width % parts == 0 else 1
-        stacked = stacked.unflatten(1, (parts, -1)).mT  # [E, parts, A, B / parts]
-        factors = rows[:, None, None, :].expand(-1, parts, 1, -1).unbind()
-        outs = out.view(len(experts), parts, 1, -1).unbind()
-    for expert, factor, result in zip(experts, factors, outs, strict=True):
-        if expert < num_experts:
-            matrix = stacked[expert] if stacked.dtype == rows.dtype else stacked[expert].to(rows.dtype)
-            if factor.dim() == 1:
-                torch.mv(matrix, factor, out=result)
-            else:
-                torch.bmm(factor, matrix, out=result)
-    if bias is not None:
-        out += F.pad(bias, (0, 0, 0, 1))[experts].to(out.dtype)
-    return out
 
 
 def backward(

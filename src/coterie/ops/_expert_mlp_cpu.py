@@ -1,0 +1,180 @@
+"""`expert_mlp` on a CPU: a few experts at a time, on chunks of rows that stay in cache.
+
+Every chunk is gathered, goes through both layers and is written to its place; a sum over each token's rows, in a
+fixed order, ends it. Besides results no tensor of N rows is made but the experts' outputs, and the hidden layer when
+it is kept for backward. A handful of rows go one by one.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coterie.ops._layout import Chunk, lay_out
+from coterie.ops._products import matmul_dtype, multiplies_natively, multiply, multiply_batch
+from coterie.ops._rows import accumulator_dtype, check_ids, sort_rows
+from coterie.ops._sums import TokenSum, WeightGradient
+from coterie.ops.activations import activation_and_gradient, apply_activation
+
+
+def forward(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns y [T, D], hidden [N, 2F] ([0, 2F] unless kept), order [N], counts [E]."""
+    order, counts = sort_rows(expert_ids, gate_up_proj.shape[0])
+    layout = lay_out(counts, x.dtype, gate_up_proj.shape[1:])
+    work = matmul_dtype(x.dtype)
+    token = layout.spread(order // expert_ids.shape[1])
+    hidden = x.new_empty(order.numel() if keep_hidden else 0, gate_up_proj.shape[1])
+    y = TokenSum(x, layout, order, expert_ids.shape[1], weights)
+    for chunk in layout.chunks:
+        chunk_x = x.index_select(0, token[chunk.rows]).to(work)
+        chunk_hidden = chunk.multiply(chunk_x, gate_up_proj.mT)  # [n, 2F]
+        if gate_up_bias is not None:
+            chunk.add_bias(chunk_hidden, gate_up_bias)
+        if keep_hidden:
+            hidden[chunk.first_row : chunk.last_row] = layout.real_rows(chunk, chunk_hidden)
+        activated = apply_activation(chunk_hidden, activation)
+        rows = chunk.multiply(activated, down_proj.mT, y.room(chunk))
+        if down_bias is not None:
+            chunk.add_bias(rows, down_bias)
+        y.add(chunk, rows)
+    return y.result(), hidden, order, counts
+
+
+def forward_unsorted(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """y [T, D] for a handful of routed rows: a matrix-vector product each, at the memory's speed."""
+    work = x.dtype if x.dtype == torch.bfloat16 else matmul_dtype(x.dtype)  # nothing to gain at memory speed
+    experts = expert_ids.flatten().tolist()
+    check_ids(min(experts), max(experts), gate_up_proj.shape[0])
+    rows = x.to(work).repeat_interleave(expert_ids.shape[1], 0)
+    hidden = _row_products(rows, experts, gate_up_proj, gate_up_bias)
+    rows = _row_products(apply_activation(hidden, activation), experts, down_proj, down_bias)
+    total = accumulator_dtype(x.dtype)
+    slots = rows.view(*weights.shape, -1).to(total)
+    return (slots * weights.unsqueeze(2).to(total)).sum(1).to(x.dtype)
+
+
+def _row_products(rows: Tensor, experts: list[int], stacked: Tensor, bias: Tensor | None) -> Tensor:
+    """rows[n] @ stacked[experts[n]]ᵀ + bias, [N, B]; zero in unused slots. Every microsecond of the loop counts."""
+    num_experts, width, _ = stacked.shape
+    out = torch.zeros(len(experts), width, dtype=rows.dtype)
+    if rows.dtype == torch.bfloat16:
+        if multiplies_natively(torch.bfloat16):
+            factors, outs = rows.split(1), out.split(1)
+            product, stacked = multiply, stacked.mT
+        else:
+            factors, outs = rows.unbind(), out.unbind()
+            product = _matrix_vector
+    else:
+        # The BLAS runs a float32 matrix-vector product on one core: give each core a part of the matrix.
+        parts = torch.get_num_threads()
+        parts = parts if width % parts == 0 else 1
+        stacked = stacked.unflatten(1, (parts, -1)).mT  # [E, parts, A, B / parts]
+        factors = rows[:, None, None, :].expand(-1, parts, 1, -1).unbind()
+        outs = out.view(len(experts), parts, 1, -1).unbind()
+        product = multiply_batch
+    for expert, factor, result in zip(experts, factors, outs, strict=True):
+        if expert < num_experts:
+            product(factor, stacked[expert].to(rows.dtype), result)
+    if bias is not None:
+        out += F.pad(bias, (0, 0, 0, 1))[experts].to(out.dtype)
+    return out
+
+
+def _matrix_vector(vector: Tensor, matrix: Tensor, out: Tensor) -> None:
+    torch.mv(matrix, vector, out=out)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    hidden: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to the tensors of `forward` but expert_ids, as MATH.md §1 derives them; empty where `needs` says no.
+
+    `hidden` is what forward kept, or [0, 2F] to form it again.
+    """
+    needs_x, needs_weights, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
+    total, work = accumulator_dtype(x.dtype), matmul_dtype(x.dtype)
+    layout = lay_out(counts, x.dtype, gate_up_proj.shape[1:])
+    grad_x = TokenSum(x, layout, order, weights.shape[1]) if needs_x else None
+    grad_weights = weights.new_zeros(order.numel() if needs_weights else 0)  # zero in unused slots
+    grad_up = WeightGradient(gate_up_proj.shape, gate_up_proj.dtype, counts) if needs_up else None
+    grad_down = WeightGradient(down_proj.shape, down_proj.dtype, counts) if needs_down else None
+    # An expert's tiles are summed as a token's rows are, and rounded once.
+    grad_up_bias = x.new_zeros(gate_up_bias.shape if needs_up_bias else 0, dtype=total)
+    grad_down_bias = x.new_zeros(down_bias.shape if needs_down_bias else 0, dtype=total)
+
+    token = layout.spread(order // weights.shape[1])
+    scale = layout.spread_zero(weights.reshape(-1, 1)[order])
+    for chunk in layout.chunks:
+        chunk_scale = scale[chunk.rows].to(work)
+        chunk_grad = grad.index_select(0, token[chunk.rows]).to(work)  # [n, D]
+        if needs_up or not len(hidden):
+            chunk_x = x.index_select(0, token[chunk.rows]).to(work)
+        if len(hidden):
+            chunk_hidden = layout.laid_out_rows(chunk, hidden).to(work)
+        else:
+            chunk_hidden = chunk.multiply(chunk_x, gate_up_proj.mT)
+            if gate_up_bias is not None:
+                chunk.add_bias(chunk_hidden, gate_up_bias)
+
+        grad_activated = chunk.multiply(chunk_grad, down_proj)  # [n, F], before the routing weight
+        activated, grad_hidden = activation_and_gradient(chunk_hidden, grad_activated * chunk_scale, activation)
+        if needs_weights:
+            chunk_grad_weights = (grad_activated * activated).sum(1, dtype=total)
+            if down_bias is not None:
+                bias = chunk.add_bias(torch.zeros_like(chunk_grad), down_bias)
+                chunk_grad_weights += (chunk_grad * bias).sum(1, dtype=total)
+            slots = order[chunk.first_row : chunk.last_row]
+            grad_weights[slots] = layout.real_rows(chunk, chunk_grad_weights).to(weights.dtype)
+        if needs_down:
+            grad_down.add(chunk, chunk_grad, activated.mul_(chunk_scale))
+        if needs_up:
+            grad_up.add(chunk, grad_hidden, chunk_x)
+        if needs_down_bias:
+            _add_bias_gradient(grad_down_bias, chunk, chunk_grad * chunk_scale)
+        if needs_up_bias:
+            _add_bias_gradient(grad_up_bias, chunk, grad_hidden)
+        if needs_x:
+            grad_x.add(chunk, chunk.multiply(grad_hidden, gate_up_proj, grad_x.room(chunk)))
+    return (
+        grad_x.result() if needs_x else x.new_empty(0),
+        grad_weights.view(weights.shape) if needs_weights else x.new_empty(0),
+        grad_up.gradient if needs_up else x.new_empty(0),
+        grad_down.gradient if needs_down else x.new_empty(0),
+        grad_up_bias.to(gate_up_bias.dtype if needs_up_bias else x.dtype),
+        grad_down_bias.to(down_bias.dtype if needs_down_bias else x.dtype),
+    )
+
+
+def _add_bias_gradient(total: Tensor, chunk: Chunk, rows: Tensor) -> None:
+    for tile, tile_rows in chunk.cut(rows):
+        sums = tile_rows.unflatten(0, (tile.num_experts, -1)).sum(1, dtype=total.dtype)
+        total[tile.first_expert : tile.first_expert + tile.num_experts] += sums
