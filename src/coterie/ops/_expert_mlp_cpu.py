@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coterie.ops._layout import Chunk, lay_out
-from coterie.ops._products import matmul_dtype, multiplies_natively, multiply, multiply_batch
+from coterie.ops._products import linear, matmul_dtype, multiplies_natively
 from coterie.ops._rows import accumulator_dtype, check_ids, sort_rows
 from coterie.ops._sums import TokenSum, WeightGradient
 from coterie.ops.activations import activation_and_gradient, apply_activation
@@ -59,47 +59,45 @@ def forward_unsorted(
     down_bias: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """y [T, D] for a handful of routed rows: a matrix-vector product each, at the memory's speed."""
-    work = x.dtype if x.dtype == torch.bfloat16 else matmul_dtype(x.dtype)  # nothing to gain at memory speed
+    """y [T, D] for a handful of routed rows, each by itself, at the memory's speed."""
+    # Nothing to gain from converting bfloat16 at the memory's speed.
+    work = x.dtype if x.dtype == torch.bfloat16 else matmul_dtype(x.dtype)
     experts = expert_ids.flatten().tolist()
     check_ids(min(experts), max(experts), gate_up_proj.shape[0])
     rows = x.to(work).repeat_interleave(expert_ids.shape[1], 0)
-    hidden = _row_products(rows, experts, gate_up_proj, gate_up_bias)
-    rows = _row_products(apply_activation(hidden, activation), experts, down_proj, down_bias)
+    hidden = _row_products(rows, experts, gate_up_proj)
+    if gate_up_bias is not None:
+        hidden += _bias_rows(gate_up_bias, experts)
+    rows = _row_products(apply_activation(hidden, activation), experts, down_proj)
+    if down_bias is not None:
+        rows += _bias_rows(down_bias, experts)
+    if unused := [slot for slot, expert in enumerate(experts) if expert == len(down_proj)]:
+        rows[unused] = 0
     total = accumulator_dtype(x.dtype)
     slots = rows.view(*weights.shape, -1).to(total)
     return (slots * weights.unsqueeze(2).to(total)).sum(1).to(x.dtype)
 
 
-def _row_products(rows: Tensor, experts: list[int], stacked: Tensor, bias: Tensor | None) -> Tensor:
-    """rows[n] @ stacked[experts[n]]ᵀ + bias, [N, B]; zero in unused slots. Every microsecond of the loop counts."""
-    num_experts, width, _ = stacked.shape
-    out = torch.zeros(len(experts), width, dtype=rows.dtype)
+def _row_products(rows: Tensor, experts: list[int], stacked: Tensor) -> Tensor:
+    """rows[n] @ stacked[experts[n]]ᵀ, [N, B]; anything in unused slots. Every microsecond of the loop counts."""
+    experts = [min(expert, len(stacked) - 1) for expert in experts]
+    matrices = [stacked[expert].to(rows.dtype) for expert in experts]
     if rows.dtype == torch.bfloat16:
-        if multiplies_natively(torch.bfloat16):
-            factors, outs = rows.split(1), out.split(1)
-            product, stacked = multiply, stacked.mT
-        else:
-            factors, outs = rows.unbind(), out.unbind()
-            product = _matrix_vector
-    else:
-        # The BLAS runs a float32 matrix-vector product on one core: give each core a part of the matrix.
-        parts = torch.get_num_threads()
-        parts = parts if width % parts == 0 else 1
-        stacked = stacked.unflatten(1, (parts, -1)).mT  # [E, parts, A, B / parts]
-        factors = rows[:, None, None, :].expand(-1, parts, 1, -1).unbind()
-        outs = out.view(len(experts), parts, 1, -1).unbind()
-        product = multiply_batch
-    for expert, factor, result in zip(experts, factors, outs, strict=True):
-        if expert < num_experts:
-            product(factor, stacked[expert].to(rows.dtype), result)
-    if bias is not None:
-        out += F.pad(bias, (0, 0, 0, 1))[experts].to(out.dtype)
-    return out
+        if multiplies_natively(rows.dtype):
+            return torch.cat([linear(row, matrix) for row, matrix in zip(rows.split(1), matrices, strict=True)])
+        return torch.stack([torch.mv(matrix, row) for row, matrix in zip(rows.unbind(), matrices, strict=True)])
+    # The BLAS runs a float32 matrix-vector product on one core: give each core a part of the matrix.
+    parts = torch.get_num_threads()
+    parts = parts if stacked.shape[1] % parts == 0 else 1
+    factors = rows[:, None, None, :].expand(-1, parts, 1, -1).unbind()  # [parts, 1, A] each
+    parts_of = [matrix.unflatten(0, (parts, -1)).mT for matrix in matrices]  # [parts, A, B / parts]
+    products = [torch.bmm(factor, matrix) for factor, matrix in zip(factors, parts_of, strict=True)]
+    return torch.stack(products).flatten(1)
 
 
-def _matrix_vector(vector: Tensor, matrix: Tensor, out: Tensor) -> None:
-    torch.mv(matrix, vector, out=out)
+def _bias_rows(bias: Tensor, experts: list[int]) -> Tensor:
+    """[N, B]: each slot's bias; 0 in unused slots."""
+    return F.pad(bias, (0, 0, 0, 1))[experts]
 
 
 def backward(
