@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.ops._layout import Chunk, lay_out
+from coterie.ops._layout import lay_out
 from coterie.ops._products import linear, matmul_dtype, multiplies_natively
 from coterie.ops._rows import accumulator_dtype, check_ids, sort_rows
-from coterie.ops._sums import TokenSum, WeightGradient
+from coterie.ops._sums import TokenSum, WeightGradient, add_bias_gradient
 from coterie.ops.activations import activation_and_gradient, apply_activation
 
 
@@ -157,9 +157,9 @@ def backward(
         if needs_up:
             grad_up.add(chunk, grad_hidden, chunk_x)
         if needs_down_bias:
-            _add_bias_gradient(grad_down_bias, chunk, chunk_grad * chunk_scale)
+            add_bias_gradient(grad_down_bias, chunk, chunk_grad * chunk_scale)
         if needs_up_bias:
-            _add_bias_gradient(grad_up_bias, chunk, grad_hidden)
+            add_bias_gradient(grad_up_bias, chunk, grad_hidden)
         if needs_x:
             grad_x.add(chunk, chunk.multiply(grad_hidden, gate_up_proj, grad_x.room(chunk)))
     return (
@@ -170,9 +170,3 @@ def backward(
         grad_up_bias.to(gate_up_bias.dtype if needs_up_bias else x.dtype),
         grad_down_bias.to(down_bias.dtype if needs_down_bias else x.dtype),
     )
-
-
-def _add_bias_gradient(total: Tensor, chunk: Chunk, rows: Tensor) -> None:
-    for tile, tile_rows in chunk.cut(rows):
-        sums = tile_rows.unflatten(0, (tile.num_experts, -1)).sum(1, dtype=total.dtype)
-        total[tile.first_expert : tile.first_expert + tile.num_experts] += sums

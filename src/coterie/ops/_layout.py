@@ -1,6 +1,6 @@
 """Sorted rows laid out for a CPU: which of them are multiplied together, and which are in the cache together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ _TILE_ROWS = 1024
 _CALL_WORK = 2**23
 # Numbers in the rows that go through the whole op together: few enough for the cache.
 _CHUNK_NUMBERS = 2**19
+# And in matrices that are converted together, in one call.
+_CONVERTED_NUMBERS = 2**21
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +31,18 @@ class Tile:
     is_first: bool = True  # of its expert's tiles
     is_last: bool = True
 
-    def of(self, stacked: Tensor) -> Tensor:
-        """This tile's part of a stack [E, ..]: [..] for one expert, else [num_experts, ..]."""
-        if self.num_experts == 1:
-            return stacked[self.first_expert]
-        return stacked[self.first_expert : self.first_expert + self.num_experts]
+    def of(self, stacked: Tensor, base: int = 0) -> Tensor:
+        """This tile's part of a stack of experts from `base` on, [.., ..]: [..] for one expert, else [g, ..]."""
+        first = self.first_expert - base
+        return stacked[first] if self.num_experts == 1 else stacked[first : first + self.num_experts]
 
     def batch(self, rows: Tensor) -> Tensor:
-        """This tile's rows [n, A] beside `of`: [n, A], or [num_experts, n / num_experts, A]."""
+        """This tile's rows [n, A] beside `of`: [n, A], or [g, n / g, A]."""
         return rows if self.num_experts == 1 else rows.unflatten(0, (self.num_experts, -1))
 
-    def multiply(self, rows: Tensor, stacked: Tensor, out: Tensor | None = None) -> Tensor:
-        """[n, A] × [E, A, B] → [n, B], in the rows' dtype; converts this tile's matrices alone."""
-        matrices = self.of(stacked).to(rows.dtype)
+    def multiply(self, rows: Tensor, matrices: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rows [n, A] × matrices as `of` has them → [n, B], in the rows' dtype."""
+        matrices = matrices.to(rows.dtype)
         if self.num_experts == 1:
             return multiply(rows, matrices, out)
         y = multiply_batch(self.batch(rows), matrices, None if out is None else self.batch(out))
@@ -65,24 +66,32 @@ class Chunk:
         """Laid-out rows."""
         return slice(self.tiles[0].start, self.tiles[-1].stop)
 
-    def cut(self, rows: Tensor) -> Iterator[tuple[Tile, Tensor]]:
+    @property
+    def experts(self) -> slice:
+        last = self.tiles[-1]
+        return slice(self.tiles[0].first_expert, last.first_expert + last.num_experts)
+
+    def cut(self, rows: Tensor) -> Sequence[Tensor]:
         """The chunk's rows [n, ..], tile by tile."""
-        for tile in self.tiles:
-            yield tile, rows[tile.start - self.start : tile.stop - self.start]
+        return rows.split([tile.stop - tile.start for tile in self.tiles])
 
     def multiply(self, rows: Tensor, stacked: Tensor, out: Tensor | None = None) -> Tensor:
         """[n, A] × [E, A, B] → [n, B], each tile by its experts' matrices."""
+        experts = self.experts
+        stacked = stacked[experts]
+        if stacked.dtype != rows.dtype and stacked.numel() <= _CONVERTED_NUMBERS:
+            stacked = stacked.to(rows.dtype)
         if out is None:
             if len(self.tiles) == 1:
-                return self.tiles[0].multiply(rows, stacked)
+                return self.tiles[0].multiply(rows, self.tiles[0].of(stacked, experts.start))
             out = rows.new_empty(rows.shape[0], stacked.shape[2])
-        for (tile, tile_rows), (_, tile_out) in zip(self.cut(rows), self.cut(out), strict=True):
-            tile.multiply(tile_rows, stacked, tile_out)
+        for tile, tile_rows, tile_out in zip(self.tiles, self.cut(rows), self.cut(out), strict=True):
+            tile.multiply(tile_rows, tile.of(stacked, experts.start), tile_out)
         return out
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> Tensor:
         """rows [n, B] += bias [E, B]."""
-        for tile, tile_rows in self.cut(rows):
+        for tile, tile_rows in zip(self.tiles, self.cut(rows), strict=True):
             own = tile.of(bias)
             tile.batch(tile_rows).add_(own if tile.num_experts == 1 else own.unsqueeze(1))
         return rows

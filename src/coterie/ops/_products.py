@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 
-@cache
 def multiplies_natively(dtype: torch.dtype) -> bool:
     """Whether this CPU has matmul instructions for `dtype`."""
     if dtype in (torch.float32, torch.float64):
         return True
     if not torch.backends.mkldnn.is_available():
         return False
+    if platform.machine() in ("x86_64", "AMD64"):  # where oneDNN also says yes to what it emulates
+        if dtype == torch.bfloat16:
+            return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return dtype == torch.float16 and torch.cpu._is_amx_fp16_supported()
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()

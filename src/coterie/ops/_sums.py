@@ -72,7 +72,7 @@ class TokenSum:
 
 
 class WeightGradient:
-    """A gradient [E, A, B], written one tile at a time; zero for experts without rows."""
+    """A gradient [E, A, B], written one chunk at a time; zero for experts without rows."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, counts: Tensor) -> None:
         self.gradient = torch.empty(shape, dtype=dtype)
@@ -82,11 +82,18 @@ class WeightGradient:
 
     def add(self, chunk: Chunk, a: Tensor, b: Tensor) -> None:
         """aᵀ b for each expert of the chunk; a [n, A], b [n, B], zero in padding rows of one of them."""
-        for (tile, tile_a), (_, tile_b) in zip(chunk.cut(a), chunk.cut(b), strict=True):
-            self._add(tile, tile.batch(tile_a).mT, tile.batch(tile_b))
+        experts = chunk.experts
+        gradient = self.gradient[experts]
+        pieces = not all(tile.is_first and tile.is_last for tile in chunk.tiles)
+        # Products of another dtype are converted in one call, but for sums, which are not rounded on the way.
+        out = gradient if pieces or gradient.dtype == a.dtype else torch.zeros(gradient.shape, dtype=a.dtype)
+        for tile, tile_a, tile_b in zip(chunk.tiles, chunk.cut(a), chunk.cut(b), strict=True):
+            self._add(tile, tile.batch(tile_a).mT, tile.batch(tile_b), tile.of(out, experts.start))
+        if out is not gradient:
+            gradient.copy_(out)
 
-    def _add(self, tile: Tile, a: Tensor, b: Tensor) -> None:
-        out, product = tile.of(self.gradient), multiply if tile.num_experts == 1 else multiply_batch
+    def _add(self, tile: Tile, a: Tensor, b: Tensor, out: Tensor) -> None:
+        product = multiply if tile.num_experts == 1 else multiply_batch
         if tile.is_first and tile.is_last:
             product(a, b, out)
             return
@@ -96,3 +103,10 @@ class WeightGradient:
         self._sum += product(a, b)
         if tile.is_last:
             out.copy_(self._sum)
+
+
+def add_bias_gradient(total: Tensor, chunk: Chunk, rows: Tensor) -> None:
+    """total [E, B] += the sums of the chunk's rows [n, B]."""
+    for tile, tile_rows in zip(chunk.tiles, chunk.cut(rows), strict=True):
+        sums = tile_rows.unflatten(0, (tile.num_experts, -1)).sum(1, dtype=total.dtype)
+        total[tile.first_expert : tile.first_expert + tile.num_experts] += sums

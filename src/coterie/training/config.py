@@ -1,11 +1,12 @@
 """Everything that decides how a model is trained, as one value."""
 
 import dataclasses
-import platform
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from coterie.ops._products import multiplies_natively
 
 PRECISIONS = ("auto", "bf16", "float32")
 
@@ -111,10 +112,6 @@ def resolve_precision(precision: str, device: torch.device | str) -> str:
     device = torch.device(device)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    elif device.type == "cpu":
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     else:
-        native = False
+        native = device.type == "cpu" and multiplies_natively(torch.bfloat16)
     return "bf16" if native else "float32"
