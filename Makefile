@@ -41,4 +41,4 @@ bench: $(VENV)/.installed-dev
 	@for bench in benchmarks/bench_*.py; do echo "$$bench"; $(BIN)/python $$bench || exit 1; done
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info
+	rm -rf $(VENV) build *.egg-info src/*.egg-info

@@ -74,17 +74,18 @@ def test_permuting_tokens_permutes_outputs(impl, tokens):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", [(3, 8), (4, 100)])
-def test_content_of_padding_cannot_matter(impl, shape):
-    """Real outputs, every parameter's gradient, losses and counts, to the bit."""
-    moe = make_moe(bias=True, impl=impl)
+@pytest.mark.parametrize("shared", [{}, {"shared_hidden_dim": 5, "shared_gate": True}], ids=["plain", "shared"])
+def test_content_of_padding_cannot_matter(impl, shape, shared):
+    """Real outputs, every parameter's gradient, losses and counts, to the bit; NaN included."""
+    moe = make_moe(bias=True, impl=impl, **shared)
     mask = torch.arange(shape[1]) < torch.randint(1, shape[1], (shape[0], 1))
     mask[0] = False
     clean = torch.randn(*shape, 12)
     results = []
-    for filler in (clean, torch.full_like(clean, 1e6), torch.zeros_like(clean)):
+    for filler in (clean, *(torch.full_like(clean, value) for value in (1e6, 0.0, torch.nan, torch.inf))):
         x = torch.where(mask[..., None], clean, filler).requires_grad_()
         y, routing = moe(x, mask)
-        assert not y[~mask].any()  # no expert computes it
+        assert not y[~mask].any()  # no expert computes it, the shared one computes 0
         loss = y.square().sum() + balance_loss(routing) + z_loss(routing)
         grad_x, *rest = torch.autograd.grad(loss, (x, *moe.parameters()))
         assert not grad_x[~mask].any()
@@ -100,6 +101,15 @@ def test_content_of_padding_cannot_matter(impl, shape):
     loss = y.square().sum() + balance_loss(routing) + z_loss(routing)
     for a, b in zip(torch.autograd.grad(loss, (x, *moe.parameters())), results[0][3:], strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("part", ["moe", "router"])
+def test_a_wrong_mask_is_named(part):
+    module = make_moe() if part == "moe" else make_moe().router
+    with pytest.raises(ValueError, match=r"token_mask must have x's shape without D, \(2, 3\), got \(3,\)"):
+        module(torch.zeros(2, 3, 12), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"token_mask must be bool \(False = padding\), got torch.int64"):
+        module(torch.zeros(2, 3, 12), torch.ones(2, 3, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -322,7 +332,7 @@ def test_a_router_of_ones_own():
 def test_settings():
     with pytest.raises(ValueError, match="shared_gate needs a shared expert: give shared_hidden_dim > 0"):
         MoE(12, 10, 6, 2, shared_gate=True)
-    with pytest.raises(ValueError, match="token_mask must have shape"):
+    with pytest.raises(ValueError, match="token_mask must have x's shape"):
         make_moe()(torch.randn(2, 5, 12), torch.ones(2, 4, dtype=torch.bool))
     moe = MoE(200, 100, 6, 2, shared_hidden_dim=150, shared_gate=True)
     moe.reset_parameters(0.3, down_std=0.1)

@@ -13,7 +13,12 @@ from coterie.ops import _expert_mlp_cpu, _expert_mlp_device, _layout, _products,
 from coterie.ops.grouped_matmul import _multiply_columns_device, _multiply_rows_device
 
 # Two biases are two more roundings than the five that DESIGN.md's 5e-3 allows: × √(7 / 5).
-WITH_BIASES = {torch.float32: None, torch.float64: None, torch.bfloat16: (6e-3, 1.2e-2)}
+WITH_BIASES = {
+    torch.float32: None,
+    torch.float64: None,
+    torch.float16: (8.3e-4, 1.8e-3),
+    torch.bfloat16: (6e-3, 1.2e-2),
+}
 
 OP = sys.modules["coterie.ops.expert_mlp"]  # the package's attribute of that name is the function
 FLOAT32_ONLY = (torch.float32, torch.float64)
@@ -110,11 +115,13 @@ CASES = {
 
 def _combinations():
     for path in PATHS:
-        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             for case in CASES:
+                if dtype == torch.float16 and (path not in ("reference", "converted") or case == "nobody"):
+                    continue  # few CPUs have instructions for it
                 if path == "device" and dtype == torch.float64:
                     continue  # grouped_mm has none
-                if case in ("one token", "one row", "width one") and dtype == torch.bfloat16:
+                if case in ("one token", "one row", "width one") and dtype.itemsize == 2:
                     continue  # too few values for an error in norm: one cancellation decides
                 yield path, dtype, case
 
@@ -219,10 +226,14 @@ def test_without_gradients(dtype, path):
             check_op(op, inputs, path[1], layouts=[], tolerances=WITH_BIASES[dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_handful_of_rows(dtype, threads, monkeypatch):
+@pytest.mark.parametrize("native", [True, False])
+def test_a_handful_of_rows(dtype, threads, native, monkeypatch):
     """At most _SINGLE_ROWS routed rows and nothing to record: a matrix-vector product each."""
+    if native and (dtype == torch.float16 or not torch.backends.mkldnn.is_available()):
+        native = False
+    monkeypatch.setattr(_products, "multiplies_natively", lambda dtype: native or dtype in FLOAT32_ONLY)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     called = []
     forward = _expert_mlp_cpu.forward_unsorted
@@ -270,8 +281,42 @@ def test_under_autocast(recompute, path):
         check_op(run, inputs, path[1], autocast=torch.bfloat16, layouts=layouts, tolerances=tolerances)
 
 
-def _rounded(t):
-    return t.detach().bfloat16().float().requires_grad_()
+def test_weights_beyond_float16(monkeypatch):
+    """A weight is held in two numbers of the rows' dtype, the first of which must not overflow."""
+    take_path(monkeypatch, "converted")
+    x, ids, weights, *matrices = make_inputs(30, 8, 6, 4, 2, dtype=torch.float16)
+    matrices = [m if m is None else m.detach() / 10 for m in matrices]
+    weights = weights.detach() * 1e5
+    assert (weights > 65504).any()
+    y = op(x, ids, weights, *matrices, impl="torch")
+    wanted = op(x.float(), ids, weights, *(m if m is None else m.float() for m in matrices), impl="reference")
+    assert y.isfinite().all()
+    assert (y.float() - wanted).norm() / wanted.norm() < 2e-3
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward mode uses it
+def test_forward_mode_is_the_references_alone():
+    """And never a derivative of zero without a word."""
+    x, ids, weights, *matrices = (
+        t.detach() if torch.is_tensor(t) and t.is_floating_point() else t for t in make_inputs(5, 4, 3, 6, 2)
+    )
+    tangent = torch.randn_like(x)
+
+    def y(x, impl):
+        return op(x, ids, weights, *matrices, impl=impl)
+
+    _, got = torch.func.jvp(lambda x: y(x, "reference"), (x,), (tangent,))
+    step = 1e-3
+    wanted = (y(x + step * tangent, "reference") - y(x - step * tangent, "reference")) / (2 * step)
+    torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-3)
+    grad = torch.func.grad(lambda x: y(x, "reference").sum())(x)
+    torch.testing.assert_close(grad, torch.autograd.grad(y(x.requires_grad_(), "reference").sum(), x)[0])
+    x = x.detach()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="reference"):
+        y(torch.autograd.forward_ad.make_dual(x, tangent), "torch")
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(RuntimeError):
+            transform(lambda x: y(x, "torch").sum())(x)
 
 
 def test_autocast_reaches_no_product_inside(monkeypatch):

@@ -240,6 +240,16 @@ def _good():
             TypeError,
             r"down_bias must have x's dtype, .* got torch.bfloat16",
         ),
+        (
+            {"expert_ids": torch.zeros(5, 0).long(), "weights": torch.zeros(5, 0)},
+            ValueError,
+            r"expert_ids must have K of at least 1, got 0",
+        ),
+        (
+            {"gate_up_proj": torch.zeros(6, 0, 4), "gate_up_bias": None, "down_proj": torch.zeros(6, 4, 0)},
+            ValueError,
+            r"gate_up_proj must have E, 2F, D of at least 1, got 6, 0, 4",
+        ),
         ({"impl": "triton"}, ValueError, r"impl must be one of 'reference', 'torch', got 'triton'"),
     ],
 )

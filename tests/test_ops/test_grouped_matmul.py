@@ -172,6 +172,15 @@ GOOD = {"x": torch.zeros(5, 4), "weight": torch.zeros(3, 2, 4), "counts": torch.
         ({"rows": torch.zeros(5)}, TypeError, r"rows must be torch.int64, got torch.float32"),
         ({"bias": torch.zeros(3, 4)}, ValueError, r"bias must have shape \[E, O\] = \[3, 2\], got \(3, 4\)"),
         ({"bias": torch.zeros(3, 2).double()}, TypeError, r"bias must be torch.float32, got torch.float64"),
+        ({"counts": torch.tensor([4, 4, 0])}, ValueError, r"counts must .* at most N = 5, got \[4, 4, 0\]"),
+        ({"counts": torch.tensor([-1, 3, 0])}, ValueError, r"counts must be at least 0 .* got \[-1, 3, 0\]"),
+        ({"rows": torch.tensor([0, 5, 1, 2, 3])}, ValueError, r"rows must be in 0..4, rows of x, got 5"),
+        ({"rows": torch.tensor([0, -1, 1, 2, 3])}, ValueError, r"rows must be in 0..4, rows of x, got -1"),
+        (
+            {"x": torch.zeros(5, 0), "weight": torch.zeros(3, 2, 0)},
+            ValueError,
+            r"weight must have .* at least 1",
+        ),
         ({"impl": "triton"}, ValueError, r"impl must be one of 'reference', 'torch', got 'triton'"),
     ],
 )

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coterie.modules._padding import without_padding
 from coterie.modules.norm import RMSNorm
 from coterie.modules.rotary import apply_rotary
 
@@ -106,8 +107,7 @@ class Attention(nn.Module):
             cache_layer: what came before x, to which x's keys and values are appended. No gradients through it.
         """
         if token_mask is not None:
-            # A masked key's weight is 0, and 0 · NaN is NaN: the content itself has to go.
-            x = x.masked_fill(~token_mask.unsqueeze(-1), 0)
+            x = without_padding(x, token_mask)
         queries, keys, values = (
             projection(x).unflatten(-1, (-1, self.head_dim))  # [B, L, H or G, P]
             for projection in (self.q_proj, self.k_proj, self.v_proj)

@@ -19,7 +19,7 @@ class Experts(nn.Module):
         activation, recompute, impl: as in `expert_mlp`.
         bias: gate_up_bias [E, 2F] and down_bias [E, D].
 
-    Shapes: x [T, D], routing over the same T → [T, D].
+    Shapes: x [T, D], routing over the same T → [T, D]. Raises as `expert_mlp` does.
     """
 
     def __init__(

@@ -27,6 +27,7 @@ class GatedMLP(nn.Module):
         width = 2 * hidden_dim if activation_is_gated(activation) else hidden_dim
         self.gate_up_proj = nn.Linear(dim, width, bias=bias, device=device, dtype=dtype)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02, down_std: float | None = None) -> None:
         """Normal weights of deviation `std` (`down_std` for down_proj), zero biases."""

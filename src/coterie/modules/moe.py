@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from coterie.modules._padding import without_padding
 from coterie.modules.experts import Experts
 from coterie.modules.gated_mlp import GatedMLP
 from coterie.modules.router import TopKRouter
@@ -31,8 +32,12 @@ class MoE(nn.Module):
         recompute: keep less for backward; see `expert_mlp`.
         impl: which implementation of `expert_mlp`; None chooses.
 
-    Shapes: x [..., D], token_mask [...] bool (False = padding: no expert computes it; the shared one does)
+    Shapes: x [..., D], token_mask [...] bool (False = padding, whatever it contains, NaN included: y is 0 there)
     → y [..., D], Routing over T = the product of the leading sizes.
+
+    Raises:
+        ValueError: a setting is out of range, or token_mask is of another shape than x without D.
+        TypeError: token_mask is not bool, or x has another dtype than the weights, outside autocast.
     """
 
     def __init__(
@@ -64,6 +69,8 @@ class MoE(nn.Module):
             GatedMLP(dim, shared_hidden_dim, activation=activation, **place) if shared_hidden_dim else None
         )
         self.shared_gate = nn.Linear(dim, 1, bias=False, **place) if shared_gate else None
+        if self.shared_gate is not None:
+            nn.init.normal_(self.shared_gate.weight, std=0.02)
 
     def reset_parameters(self, std: float = 0.02, down_std: float | None = None) -> None:
         """Normal weights of deviation `std` (`down_std` for every down_proj), zero biases."""
@@ -75,6 +82,8 @@ class MoE(nn.Module):
             nn.init.normal_(self.shared_gate.weight, std=std)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
+        if token_mask is not None:
+            x = without_padding(x, token_mask)
         routing = self.router(x, token_mask)
         y = self.experts(x.reshape(-1, x.shape[-1]), routing).view_as(x)
         if self.shared_expert is not None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coterie.modules._padding import without_padding
 from coterie.ops.balance import selection_bias_update
 from coterie.ops.routing import Routing, route_topk
 
@@ -26,6 +27,10 @@ class TopKRouter(nn.Module):
             only in `update_selection_bias` (DeepSeek-V3).
 
     Shapes: x [..., D], token_mask [...] bool (False = padding) → Routing over T = the product of the leading sizes.
+
+    Raises:
+        ValueError: a setting is out of range, or token_mask is of another shape than x without D.
+        TypeError: token_mask is not bool.
     """
 
     def __init__(
@@ -67,6 +72,8 @@ class TopKRouter(nn.Module):
             nn.init.zeros_(self.selection_bias)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Routing:
+        if token_mask is not None:
+            x = without_padding(x, token_mask)
         # Some devices (meta) have no autocast to switch off.
         has_autocast = torch.amp.is_autocast_available(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():

@@ -30,6 +30,12 @@ def check_tensor(
         raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
 
 
+def check_sizes(name: str, sizes: Sequence[int], letters: str) -> None:
+    """Raises unless every one of these sizes of a tensor is at least 1."""
+    if min(sizes) < 1:
+        raise ValueError(f"{name} must have {letters} of at least 1, got {', '.join(map(str, sizes))}")
+
+
 def choose_impl(impl: str | None, accepted: Sequence[str] = ("reference", "torch")) -> str:
     """The implementation to run. None means the fastest there is for the tensor's device."""
     if impl is None:

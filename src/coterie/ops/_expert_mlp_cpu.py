@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coterie.ops._layout import lay_out
-from coterie.ops._products import linear, matmul_dtype, multiplies_natively
+from coterie.ops._products import matmul_dtype, multiply_each
 from coterie.ops._rows import accumulator_dtype, check_ids, sort_rows
 from coterie.ops._sums import TokenSum, WeightGradient, add_bias_gradient
 from coterie.ops.activations import activation_and_gradient, apply_activation
@@ -28,7 +28,7 @@ def forward(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y [T, D], hidden [N, 2F] ([0, 2F] unless kept), order [N], counts [E]."""
-    order, counts = sort_rows(expert_ids, gate_up_proj.shape[0])
+    order, counts = sort_rows(expert_ids, gate_up_proj.shape[0], radix=True)
     layout = lay_out(counts, x.dtype, gate_up_proj.shape[1:])
     work = matmul_dtype(x.dtype)
     token = layout.spread(order // expert_ids.shape[1])
@@ -65,10 +65,10 @@ def forward_unsorted(
     experts = expert_ids.flatten().tolist()
     check_ids(min(experts), max(experts), gate_up_proj.shape[0])
     rows = x.to(work).repeat_interleave(expert_ids.shape[1], 0)
-    hidden = _row_products(rows, experts, gate_up_proj)
+    hidden = multiply_each(rows, experts, gate_up_proj)
     if gate_up_bias is not None:
         hidden += _bias_rows(gate_up_bias, experts)
-    rows = _row_products(apply_activation(hidden, activation), experts, down_proj)
+    rows = multiply_each(apply_activation(hidden, activation), experts, down_proj)
     if down_bias is not None:
         rows += _bias_rows(down_bias, experts)
     if unused := [slot for slot, expert in enumerate(experts) if expert == len(down_proj)]:
@@ -76,23 +76,6 @@ def forward_unsorted(
     total = accumulator_dtype(x.dtype)
     slots = rows.view(*weights.shape, -1).to(total)
     return (slots * weights.unsqueeze(2).to(total)).sum(1).to(x.dtype)
-
-
-def _row_products(rows: Tensor, experts: list[int], stacked: Tensor) -> Tensor:
-    """rows[n] @ stacked[experts[n]]ᵀ, [N, B]; anything in unused slots. Every microsecond of the loop counts."""
-    experts = [min(expert, len(stacked) - 1) for expert in experts]
-    matrices = [stacked[expert].to(rows.dtype) for expert in experts]
-    if rows.dtype == torch.bfloat16:
-        if multiplies_natively(rows.dtype):
-            return torch.cat([linear(row, matrix) for row, matrix in zip(rows.split(1), matrices, strict=True)])
-        return torch.stack([torch.mv(matrix, row) for row, matrix in zip(rows.unbind(), matrices, strict=True)])
-    # The BLAS runs a float32 matrix-vector product on one core: give each core a part of the matrix.
-    parts = torch.get_num_threads()
-    parts = parts if stacked.shape[1] % parts == 0 else 1
-    factors = rows[:, None, None, :].expand(-1, parts, 1, -1).unbind()  # [parts, 1, A] each
-    parts_of = [matrix.unflatten(0, (parts, -1)).mT for matrix in matrices]  # [parts, A, B / parts]
-    products = [torch.bmm(factor, matrix) for factor, matrix in zip(factors, parts_of, strict=True)]
-    return torch.stack(products).flatten(1)
 
 
 def _bias_rows(bias: Tensor, experts: list[int]) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from coterie.ops._products import batch_sizes, matmul_dtype, multiply, multiply_batch, padded_height
 
-# Rows of one expert taken at a time: enough for the library's full speed, few enough for the cache.
+# Rows of one expert taken at a time: enough for the library's full speed, few enough for the cache. (And many more than
+# padding adds, so that every piece of an expert has rows of its own.)
 _TILE_ROWS = 1024
 # What a product's call costs besides its FLOPs, in FLOPs, in float32: small products of neighbours are made side by
 # side, in one call, where padding their rows to equal heights costs no more than the calls it saves. Narrower dtypes

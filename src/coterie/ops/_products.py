@@ -1,8 +1,8 @@
 """Matrix products on a CPU: in which dtype, by which library, and how many rows at a time.
 
 torch multiplies float32 by its BLAS, which on x86 is MKL, and narrower dtypes by oneDNN. Each has a weak spot. MKL
-keeps CPUs with AVX-512 that are not Intel's to AVX2 code, at less than half their speed; oneDNN does not, so they
-multiply float32 by it too. oneDNN builds a program for every shape it meets, about half a millisecond each, and keeps
+keeps AMD's CPUs with AVX-512 to AVX2 code, at less than half their speed; oneDNN does not, so they multiply float32 by
+it too. oneDNN builds a program for every shape it meets, about half a millisecond each, and keeps
 the last 1024; so experts' row counts are rounded up to few different ones. Without bfloat16 instructions a bfloat16
 product is several times slower than the same in float32, so it is converted.
 """
@@ -39,15 +39,15 @@ def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
 def float32_by_onednn() -> bool:
     """Whether oneDNN multiplies float32 faster than torch's BLAS: twice as fast on AMD's AVX-512."""
     libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return libraries and torch.cpu._is_avx512_supported() and not _is_intel()
+    return libraries and torch.cpu._is_avx512_supported() and _is_amd()
 
 
-def _is_intel() -> bool:
+def _is_amd() -> bool:
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = platform.processor()  # Windows: "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD"
-    return "AuthenticAMD" not in text
+    return "AuthenticAMD" in text
 
 
 def by_onednn(dtype: torch.dtype) -> bool:
@@ -97,3 +97,23 @@ def multiply_batch(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         y = torch.bmm(a, b)
         return y if out is None else out.copy_(y)
     return torch.bmm(a, b, out=out)
+
+
+def multiply_each(rows: Tensor, experts: list[int], stacked: Tensor) -> Tensor:
+    """rows[n] @ stacked[experts[n]]ᵀ, [N, B], for a handful of rows; anything where there is no such expert.
+
+    Every microsecond of the loop counts.
+    """
+    experts = [min(expert, len(stacked) - 1) for expert in experts]
+    matrices = [stacked[expert].to(rows.dtype) for expert in experts]
+    if rows.dtype == torch.bfloat16:
+        if multiplies_natively(rows.dtype):
+            return torch.cat([linear(row, matrix) for row, matrix in zip(rows.split(1), matrices, strict=True)])
+        return torch.stack([torch.mv(matrix, row) for row, matrix in zip(rows.unbind(), matrices, strict=True)])
+    # The BLAS runs a float32 matrix-vector product on one core: give each core a part of the matrix.
+    parts = torch.get_num_threads()
+    parts = parts if stacked.shape[1] % parts == 0 else 1
+    factors = rows[:, None, None, :].expand(-1, parts, 1, -1).unbind()  # [parts, 1, A] each
+    parts_of = [matrix.unflatten(0, (parts, -1)).mT for matrix in matrices]  # [parts, A, B / parts]
+    products = [torch.bmm(factor, matrix) for factor, matrix in zip(factors, parts_of, strict=True)]
+    return torch.stack(products).flatten(1)

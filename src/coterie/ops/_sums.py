@@ -57,7 +57,8 @@ class TokenSum:
             return F.embedding_bag(slots, self._rows, mode="sum")
         # The sum takes weights in the rows' dtype: two of those hold twice the bits.
         weights = self._weights.masked_fill(slots == self._layout.num_rows, 0.0)
-        high = weights.to(self._rows.dtype)
+        limit = torch.finfo(self._rows.dtype).max
+        high = weights.clamp(-limit, limit).to(self._rows.dtype)
         weights = torch.cat((high, (weights - high).to(high.dtype)), 1)
         return F.embedding_bag(torch.cat((slots, slots), 1), self._rows, mode="sum", per_sample_weights=weights)
 

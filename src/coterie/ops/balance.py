@@ -28,6 +28,9 @@ def balance_loss(routing: Routing | Iterable[Routing], *, num_sequences: int | N
 
     Returns:
         A float32 scalar; 0 when there are no tokens or no routings (a dense model).
+
+    Raises:
+        ValueError: num_sequences does not divide the number of tokens.
     """
     return _mean_over_layers(routing, lambda one: _balance_loss(one, num_sequences))
 

@@ -5,9 +5,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from coterie.ops import _expert_mlp_cpu, _expert_mlp_device
-from coterie.ops._arguments import check_tensor, choose_impl
+from coterie.ops._arguments import check_sizes, check_tensor, choose_impl
 from coterie.ops._rows import sort_rows
 from coterie.ops.activations import activation_is_gated, apply_activation
 from coterie.ops.grouped_matmul import grouped_matmul
@@ -49,6 +50,11 @@ def expert_mlp(
     Returns:
         [T, D] in x's dtype (under autocast: in autocast's). Sums run in float32. Gradients to x, weights, matrices
         and biases; experts without tokens have gradient 0. Bitwise the same on every run.
+
+    Raises:
+        ValueError: a shape, an expert id (on a CPU; elsewhere one would have to wait for it) or a setting is wrong.
+        TypeError: a dtype is. Every message names the argument, what came and what is accepted.
+        NotImplementedError: forward-mode differentiation of impl="torch"; the reference has it.
     """
     impl = choose_impl(impl)
     _check(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation)
@@ -70,8 +76,10 @@ def expert_mlp(
         cast = (t if t is None else t.to(x.dtype) for t in matrices.values())
         return _reference(x, expert_ids, weights, *cast, activation)
     tensors = (x, weights, *matrices.values())
+    if forward_ad._current_level >= 0 and any(t is not None and _has_tangent(t) for t in tensors):
+        raise NotImplementedError("expert_mlp has no forward-mode derivatives but with impl='reference'")
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if not recorded and type(x) is Tensor and device != "meta" and not torch.compiler.is_compiling():
+    if not recorded and type(x) is Tensor and device != "meta" and not _is_transformed():
         # Nothing to record or trace: a decoding step need not pay for the custom op, nor for sorting.
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
             if device == "cpu" and 0 < weights.numel() <= _SINGLE_ROWS:
@@ -175,6 +183,15 @@ def _backward(ctx, grad, *_):
 _torch_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _is_transformed() -> bool:
+    """Whether the compiler or a transform of torch.func looks on, which plain calls would slip past."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def _executor(x: Tensor) -> ModuleType:
     return _expert_mlp_cpu if x.device.type == "cpu" else _expert_mlp_device
 
@@ -183,9 +200,11 @@ def _check(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_b
     check_tensor("x", x, (None, None), "[T, D]")
     check_tensor("expert_ids", expert_ids, (x.shape[0], None), "[T, K]", dtype=torch.int64)
     check_tensor("weights", weights, tuple(expert_ids.shape), "[T, K]")
+    check_sizes("expert_ids", expert_ids.shape[1:], "K")
     if not weights.is_floating_point():
         raise TypeError(f"weights must be floating point, float32 as a rule, got {weights.dtype}")
     check_tensor("gate_up_proj", gate_up_proj, (None, None, x.shape[1]), "[E, 2F, D]")
+    check_sizes("gate_up_proj", gate_up_proj.shape, "E, 2F, D")
     num_experts, width, dim = gate_up_proj.shape
     gated = activation_is_gated(activation)
     if gated and width % 2:

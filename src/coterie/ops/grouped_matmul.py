@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.ops._arguments import check_tensor, choose_impl
+from coterie.ops._arguments import check_sizes, check_tensor, choose_impl
 from coterie.ops._layout import lay_out
 from coterie.ops._products import matmul_dtype
 from coterie.ops._rows import accumulator_dtype
@@ -34,11 +34,17 @@ def grouped_matmul(
 
     Returns:
         [N, O] in x's dtype, under autocast too. Gradients to x, weight and bias; an expert without rows has gradient 0.
+
+    Raises:
+        ValueError: a shape is wrong; on a CPU also: counts are negative or sum to more than N, rows has an index that x
+            does not (elsewhere one would have to wait for the answer).
+        TypeError: a dtype is wrong.
     """
     impl = choose_impl(impl)
     check_tensor("x", x, (None, None), "[N, D]")
     check_tensor("weight", weight, (None, None, x.shape[1]), "[E, O, D]", dtype=x.dtype)
     check_tensor("counts", counts, (weight.shape[0],), "[E]", dtype=torch.int64)
+    check_sizes("weight", weight.shape, "E, O, D")
     if rows is not None:
         check_tensor("rows", rows, (None,), "[N]", dtype=torch.int64)
     if bias is not None:
@@ -49,7 +55,22 @@ def grouped_matmul(
         return (_reference if impl == "reference" else _torch_op)(x, weight, counts, rows, bias)
 
 
+def _check_values(x: Tensor, counts: Tensor, rows: Tensor | None) -> None:
+    """What only the numbers themselves can tell; not asked of an accelerator, which one would have to wait for."""
+    if x.device.type != "cpu":
+        return
+    num_rows = x.shape[0] if rows is None else rows.shape[0]
+    if counts.min() < 0 or counts.sum() > num_rows:
+        raise ValueError(f"counts must be at least 0 and sum to at most N = {num_rows}, got {counts.tolist()}")
+    if rows is not None and num_rows:
+        lowest, highest = (limit.item() for limit in rows.aminmax())
+        if lowest < 0 or highest >= x.shape[0]:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"rows must be in 0..{x.shape[0] - 1}, rows of x, got {wrong}")
+
+
 def _reference(x: Tensor, weight: Tensor, counts: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
+    _check_values(x, counts, rows)
     x = x if rows is None else x[rows]
     pieces, start = [], 0
     for expert, count in enumerate(counts.tolist()):
@@ -133,6 +154,7 @@ def _aligned(t: Tensor) -> Tensor:
 
 @torch.library.custom_op("coterie::grouped_matmul", mutates_args=())
 def _torch_op(x: Tensor, weight: Tensor, counts: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
+    _check_values(x, counts, rows)
     y = multiply_rows(x if rows is None else x.index_select(0, rows), weight, counts)
     if bias is not None:
         y += F.pad(bias, (0, 0, 0, 1))[expert_of_rows(counts, y.shape[0])]

@@ -96,6 +96,10 @@ def route_topk(
 
     Returns:
         A `Routing`; its weights carry the exact gradient to `logits`.
+
+    Raises:
+        ValueError: a shape or a setting is wrong; the message names it, what came and what is accepted.
+        TypeError: token_mask is not bool.
     """
     impl = choose_impl(impl)
     check_tensor("logits", logits, (None, None), "[T, E]")
