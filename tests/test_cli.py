@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,40 @@ def test_a_run_is_not_replaced_unless_asked(train, compared, tmp_path, capsys):
     assert "bits per byte on unseen text" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data", "tiny.txt"], "--length 16 must be less than the 9 train bytes of --data "),
+        (["--data", "short.txt"], "--length 16 must be less than the 3 valid bytes of --data "),
+        (["--length", "100000"], "--length 100000 must be less than the 17460 train bytes of --data "),
+        (["--seed", str(2**63)], "error parsing --seed"),
+        (["--preset", "groups.json"], "groups.json is not a model's config: router_group_score 'top2_sum' needs"),
+        (["--preset", "huge.json"], "not enough memory: "),
+        (["--device", "meta"], "--device meta is of no use here"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_an_old_run_stays_until_the_new_one_is_possible(
+    train, compared, inputs, tmp_path, capsys, monkeypatch, arguments, expected
+):
+    out = shutil.copytree(compared[0], tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("t" * 100)
+    (tmp_path / "tiny.txt").write_text("t" * 10)
+    groups = {"router_groups": 4, "router_top_groups": 2, "router_group_score": "top2_sum"}
+    (tmp_path / "groups.json").write_text(json.dumps({**CONFIG.to_dict(), **groups}))
+    huge = {"dim": 2**40, "head_dim": 8}  # an embedding of a pebibyte
+    (tmp_path / "huge.json").write_text(json.dumps({**CONFIG.to_dict(), **huge}))
+
+    def files():
+        return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    before = files()
+    assert train(out, "--overwrite", *arguments) == 2
+    assert f"coterie train: {expected}" in complaint(capsys)
+    assert files() == before
+
+
 def test_an_interrupted_run_resumes_bit_for_bit(train, tmp_path, capsys, monkeypatch):
     assert train(tmp_path / "whole", "--compare", "dense") == 0
     capsys.readouterr()
@@ -211,7 +246,9 @@ def test_a_text_that_is_too_short_leaves_no_run_behind(inputs, tmp_path, capsys)
     (tmp_path / "short.txt").write_text("too short for a batch")
     small = ["train", "--preset", f"{inputs}/small.json", "--out", f"{tmp_path}/run", *TINY_RUN]
     assert main([*small, "--data", f"{tmp_path}/short.txt"]) == 2
-    assert "corpus" in complaint(capsys, r"moe: 4 steps.*\n\n")
+    assert complaint(capsys) == (
+        f"coterie train: --length 16 must be less than the 1 valid bytes of --data {tmp_path}/short.txt"
+    )
     assert main([*small, "--data", f"{inputs}/text.txt"]) == 0
 
 
@@ -275,7 +312,8 @@ def test_inspect_a_run_shows_all_its_models(compared, capsys):
         ),
         (
             "train --steps many",
-            "coterie train: error parsing --steps: got 'many', must be a whole number (see coterie train --help)",
+            "coterie train: error parsing --steps: got 'many', must be a whole number below 2**63 "
+            "(see coterie train --help)",
         ),
         ("train --steps", "coterie train: missing value for argument '--steps' (see coterie train --help)"),
         (
@@ -297,6 +335,29 @@ def test_inspect_a_run_shows_all_its_models(compared, capsys):
         ),
         ("generate . --prompt a", "coterie generate: . holds no model yet: no config.json in it or in a folder of it"),
         ("inspect nowhere", "coterie inspect: nowhere is neither a preset (tiny, nano, mini) nor the folder of a run"),
+        (
+            f"generate . --prompt a --max-new-tokens {10**24}",
+            f"coterie generate: error parsing --max-new-tokens: got '{10**24}', must be a whole number below 2**63 "
+            "(see coterie generate --help)",
+        ),
+        (
+            f"inspect tiny --length {10**20}",
+            f"coterie inspect: error parsing --length: got '{10**20}', must be a whole number below 2**63 "
+            "(see coterie inspect --help)",
+        ),
+        (
+            f"inspect tiny --length {2**63 - 1}",
+            "coterie inspect: not enough memory: make --length smaller, or take a smaller model",
+        ),
+        (
+            f"train --seed {10**20}",
+            f"coterie train: error parsing --seed: got '{10**20}', must be a whole number below 2**63 "
+            "(see coterie train --help)",
+        ),
+        ("train --seed -1", "coterie train: seed: got -1, must be at least 0"),
+        ("train --lr nan", "coterie train: lr must be finite, got nan"),
+        ("train --device meta", "coterie train: --device meta is of no use here: "),
+        ("train --device hpu", "coterie train: --device hpu is of no use here: "),
         ("train --device abacus", "coterie train: --device abacus is of no use here: "),
         ("inspect tiny --length 0", "coterie inspect: length must be at least 1, got 0"),
     ],
@@ -324,6 +385,106 @@ def test_a_damaged_file_is_one_line_and_exit_code_2(train, tmp_path, capsys):
         assert main(arguments) == 2
         assert f"{run}/{name}" in complaint(capsys, r"(moe: 4 steps.*\n\n)?")
         (run / name).write_bytes(data)
+
+
+def test_a_deeply_nested_file_is_one_line_and_exit_code_2(inputs, tmp_path, capsys):
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    for arguments in (["inspect", str(deep)], ["train", "--preset", str(deep), "--out", f"{tmp_path}/run"]):
+        assert main(arguments) == 2
+        assert f"{deep} is not a model's config: " in complaint(capsys)
+    assert list(tmp_path.iterdir()) == [deep]
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        ({"training": {"steps": "x"}}, "steps must be int, got 'x'"),
+        ({"training": {"betas": 3}}, "betas must be a sequence of float, got 3"),
+        ({"training": {"stpes": 3}}, "unknown training field 'stpes'"),
+        ({"training": 3}, "training must be an object, got 3"),
+        ({"models": ["x"]}, "models must be an object, got ['x']"),
+        ({"models": {}}, "models must be one or more, got none"),
+        ({"models": {"../moe": CONFIG.to_dict()}}, "models: got the name '../moe', which names a folder: "),
+        ({"models": {"moe": 3}}, "a config must be a JSON object of fields, got int"),
+        ({"preset": None}, "preset must be a string, got None"),
+        ({"data": 3}, "data must be a string, got 3"),
+        ("[" * 100_000, "maximum recursion depth exceeded"),
+        ("3", "compare, data, models, preset, training missing"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_damaged_plan_is_one_line_and_exit_code_2(compared, tmp_path, capsys, damage, expected):
+    whole = json.loads((compared[0] / "run.json").read_text())
+    (tmp_path / "run.json").write_text(damage if isinstance(damage, str) else json.dumps({**whole, **damage}))
+    assert main(["train", "--resume", "--out", str(tmp_path)]) == 2
+    assert complaint(capsys).startswith(f"coterie train: {tmp_path}/run.json is not a run's file: {expected}")
+
+
+def test_a_damaged_plan_still_says_that_there_is_a_run(train, compared, tmp_path, capsys):
+    out = shutil.copytree(compared[0], tmp_path / "run")
+    (out / "run.json").write_text("{")
+    assert train(out) == 2
+    assert f"{out} holds a run already" in complaint(capsys)
+    assert (out / "run.json").read_text() == "{"
+    assert (out / "report.json").exists()
+
+
+def test_a_damaged_log_is_one_line_and_exit_code_2(train, tmp_path, capsys):
+    assert train(tmp_path) == 0
+    capsys.readouterr()
+    log = tmp_path / "log.jsonl"
+    log.write_text("3\n" + log.read_text())
+    assert main(["train", "--resume", "--out", str(tmp_path)]) == 2
+    assert f"{log} is damaged in line 1, before step 4 to resume" in complaint(capsys, r"moe: 4 steps.*\n\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: not enough memory"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_lack_of_memory_is_one_line_and_exit_code_2(train, tmp_path, capsys, monkeypatch, error):
+    def greedy(self):
+        raise error
+
+    monkeypatch.setattr(Trainer, "step", greedy)
+    assert train(tmp_path / "run") == 2
+    assert complaint(capsys, r"moe: 4 steps.*\n\n") == (
+        "coterie train: not enough memory: make --batch-size or --length smaller or --accumulation larger, "
+        "or take a smaller --preset"
+    )
+
+
+def test_any_other_runtime_error_is_ours_and_shows_where(train, tmp_path, monkeypatch):
+    def broken(self):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Trainer, "step", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(tmp_path / "run")
+
+
+def test_generate_says_what_it_has_no_memory_for(compared, capsys):
+    for many in (10**15, 2**63 - 2):
+        assert main(["generate", str(compared[0]), "--prompt", "a", "--max-new-tokens", str(many)]) == 2
+        assert complaint(capsys) == (
+            "coterie generate: not enough memory: make --max-new-tokens smaller, the prompt shorter, "
+            "or take a smaller model"
+        )
+
+
+def test_generate_at_a_temperature_next_to_zero_takes_the_likeliest(compared, capsys):
+    printed = []
+    for temperature in ("0", "1e-40", "1e-300"):
+        arguments = ["--prompt", "the", "--max-new-tokens", "8", "--temperature", temperature]
+        assert main(["generate", str(compared[0]), *arguments]) == 0
+        printed.append(capsys.readouterr().out)
+    assert len(set(printed)) == 1
 
 
 def test_a_diverged_run_is_one_line_and_exit_code_1(train, tmp_path, capsys, monkeypatch):

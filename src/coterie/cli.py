@@ -1,7 +1,7 @@
 """`coterie train | generate | inspect`.
 
-What a user got wrong is one line on stderr and exit code 2; an interrupt leaves the last checkpoint and exits with 130.
-Everything heavy is imported by the command that needs it.
+What a user got wrong, or asked too much of the memory, is one line on stderr and exit code 2; an interrupt leaves the
+last checkpoint and exits with 130. Everything heavy is imported by the command that needs it.
 """
 
 import contextlib
@@ -15,6 +15,13 @@ from collections.abc import Sequence
 from typing import Annotated
 
 COMMANDS = ("train", "generate", "inspect")
+
+# What to do about a lack of memory, by command.
+_LESS_MEMORY = {
+    "train": "make --batch-size or --length smaller or --accumulation larger, or take a smaller --preset",
+    "generate": "make --max-new-tokens smaller, the prompt shorter, or take a smaller model",
+    "inspect": "make --length smaller, or take a smaller model",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,10 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except FloatingPointError as error:
         return _complain(command, str(error), 1)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if _is_lack_of_memory(error):
+            what = f"not enough memory: {_LESS_MEMORY[argv[0]]}"
+        elif isinstance(error, RuntimeError):  # no mistake of the user's
+            raise
+        else:
+            what = _one_line(str(error)) or type(error).__name__
         if sys.flags.dev_mode:  # python -X dev -m coterie ...: for whoever looks for the cause
             raise
-        return _complain(command, _one_line(str(error)) or type(error).__name__, 2)
+        return _complain(command, what, 2)
 
 
 def parse(argv: Sequence[str]) -> object | None:
@@ -108,6 +121,13 @@ def _condensed(box: str) -> str:
             options = [line.split()[0] for line in part[1:] if line.startswith("-")]
             what += f"; did you mean {' or '.join(dict.fromkeys(options))}?" if options else ""
     return what[:1].lower() + what[1:]
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a CPU or a GPU, or was of more bytes than 64 bits can count."""
+    # torch has a type of its own for a GPU's only.
+    told = "out of memory|DefaultCPUAllocator|Storage size calculation overflowed"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(told, str(error))))
 
 
 def _one_line(text: str) -> str:

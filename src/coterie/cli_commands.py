@@ -5,11 +5,13 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from coterie.cli_options import Generate, Inspect, Train
@@ -31,6 +33,7 @@ from coterie.training import (
     resolve_precision,
     write_atomically,
 )
+from coterie.training.compare import check_name
 from coterie.training.memory import keep_freed_memory
 from coterie.training.trainer import CHECKPOINT, RUN_FILES
 
@@ -55,16 +58,18 @@ def run_train(options: Train) -> int:
     plan = _resumed_plan(out, options) if options.resume else _new_plan(out, options)
     config = TrainConfig.from_dict(plan["training"])
     precision = resolve_precision(config.precision, device)
+    corpora = _corpora(plan["data"], config.length)
+    models = {}
+    for name, model_config in plan["models"].items():
+        torch.manual_seed(config.seed)
+        models[name] = Transformer(TransformerConfig.from_dict(model_config)).to(device)
+    if not options.resume:  # all that the new run needs is there: the old one may go
+        _begin_run(out, plan)
     print(
         f"{' and '.join(plan['models'])}: {config.steps} steps of {config.batch_size} × {config.length} bytes, "
         f"{precision} on {device}, into {out}\n",
         flush=True,
     )
-    models = {}
-    for name, model_config in plan["models"].items():
-        torch.manual_seed(config.seed)
-        models[name] = Transformer(TransformerConfig.from_dict(model_config)).to(device)
-    corpora = {split: load_corpus(plan["data"], split) for split in ("train", "valid")}
 
     try:
         comparison = _train(models, config, corpora, out, plan, options)
@@ -84,7 +89,11 @@ def run_train(options: Train) -> int:
 
 
 def _new_plan(out: Path, options: Train) -> dict[str, Any]:
-    """What will be trained, from the options; makes room in the folder."""
+    """What will be trained, from the options."""
+    if _holds_run(out) and not options.overwrite:
+        raise FileExistsError(
+            f"{out} holds a run already: give --resume to continue it, --overwrite to replace it, or another --out"
+        )
     name = options.preset or "tiny"
     model_config = replace(_named_config(name), vocab_size=ByteTokenizer.vocab_size)  # text is read as bytes
     models = {"moe" if "moe" in model_config.feed_forwards else "dense": model_config}
@@ -92,8 +101,7 @@ def _new_plan(out: Path, options: Train) -> dict[str, Any]:
         match = "active" if options.compare == "dense" else "params"
         models[options.compare] = dense_twin(model_config, match)
     data = None if options.data is None else str(Path(options.data).resolve())
-    load_corpus(data, "valid")  # a wrong path is an error before anything is replaced
-    plan = {
+    return {
         "coterie": version("coterie"),
         "preset": _short_name(name),
         "compare": options.compare,
@@ -101,15 +109,16 @@ def _new_plan(out: Path, options: Train) -> dict[str, Any]:
         "training": _train_config(options, model_config).to_dict(),
         "models": {name: config.to_dict() for name, config in models.items()},
     }
-    if _holds_run(out):
-        if not options.overwrite:
-            raise FileExistsError(
-                f"{out} holds a run already: give --resume to continue it, --overwrite to replace it, or another --out"
-            )
-        _remove_run(out)
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / RUN_FILE, plan)
-    return plan
+
+
+def _corpora(data: str | None, length: int) -> dict[str, np.ndarray]:
+    """The texts to train and to evaluate on, each long enough for a sequence."""
+    corpora = {split: load_corpus(data, split) for split in ("train", "valid")}
+    for split, corpus in corpora.items():
+        if len(corpus) <= length:
+            whose = f"--data {data}" if data else "the embedded corpus"
+            raise ValueError(f"--length {length} must be less than the {len(corpus)} {split} bytes of {whose}")
+    return corpora
 
 
 def _train_config(options: Train, model_config: TransformerConfig) -> TrainConfig:
@@ -138,21 +147,34 @@ def _resumed_plan(out: Path, options: Train) -> dict[str, Any]:
     for name, value in wanted.items():
         if value is not None and value != plan[name]:
             raise ValueError(f"--{name} is {value}, but the run in {out} has {plan[name]}; another --out starts anew")
-    plan["training"] = {**plan["training"], **_given(options)}
+    plan["training"] = {**TrainConfig.from_dict(plan["training"]).to_dict(), **_given(options)}
     return plan
 
 
 def _read_plan(out: Path) -> dict[str, Any]:
     try:
         plan = json.loads((out / RUN_FILE).read_text("utf-8"))
+        _check_plan(plan)
     except FileNotFoundError:
         raise FileNotFoundError(f"{out} holds no run to resume: {RUN_FILE} is missing") from None
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{out / RUN_FILE} is not a run's file: {error}") from None
-    missing = {"preset", "compare", "data", "training", "models"} - set(plan if isinstance(plan, dict) else ())
-    if missing:
-        raise ValueError(f"{out / RUN_FILE} is not a run's file: {', '.join(sorted(missing))} missing")
     return plan
+
+
+def _check_plan(plan: Any) -> None:
+    kinds = {"preset": str, "compare": str | None, "data": str | None, "training": Mapping, "models": Mapping}
+    if missing := sorted(kinds.keys() - (plan.keys() if isinstance(plan, Mapping) else ())):
+        raise ValueError(f"{', '.join(missing)} missing")
+    for name, kind in kinds.items():
+        if not isinstance(plan[name], kind):
+            raise TypeError(f"{name} must be {'an object' if kind is Mapping else 'a string'}, got {plan[name]!r}")
+    if not plan["models"]:
+        raise ValueError("models must be one or more, got none")
+    for name, config in plan["models"].items():
+        check_name(name)
+        TransformerConfig.from_dict(config)
+    TrainConfig.from_dict(plan["training"])
 
 
 def _run_folders(out: Path) -> list[Path]:
@@ -164,15 +186,17 @@ def _run_folders(out: Path) -> list[Path]:
 
 
 def _holds_run(out: Path) -> bool:
-    """Whether a training began there. The plan alone is what an error before the first step leaves."""
-    return any((folder / file).exists() for folder in _run_folders(out) for file in RUN_FILES)
+    """Whether a training began there; a plan says so even if it cannot be read."""
+    return any((out / file).exists() for file in (RUN_FILE, *RUN_FILES))
 
 
-def _remove_run(out: Path) -> None:
-    """Removes the files that a run writes, and nothing else: the folder is the user's."""
+def _begin_run(out: Path, plan: dict[str, Any]) -> None:
+    """Removes what a run before has written, and nothing else, for the folder is the user's; then writes the plan."""
     for folder in _run_folders(out):
         for file in (*RUN_FILES, *REPORT_FILES):
             (folder / file).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / RUN_FILE, plan)
 
 
 def _train(models, config: TrainConfig, corpora, out: Path, plan, options: Train) -> Comparison:
@@ -256,15 +280,17 @@ def _stream(model: Transformer, prompt: str, max_new_tokens: int, **sampling: An
     # What follows a document's end is the beginning of a text: what an empty prompt asks for.
     ids = tokenizer.encode(prompt) if prompt else torch.tensor([tokenizer.separator])
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    unsaid = prompt  # printed with the first token, so that an error before it stands on a line of its own
 
     def show(tokens: torch.Tensor) -> None:
+        nonlocal unsaid
         if (token := int(tokens[0])) != tokenizer.separator:
-            print(decoder.decode(bytes([token])), end="", flush=True)
+            print(unsaid + decoder.decode(bytes([token])), end="", flush=True)
+            unsaid = ""
 
-    print(prompt, end="", flush=True)
     ids = ids.unsqueeze(0).to(model.embedding.weight.device)
     generate(model, ids, max_new_tokens, stop=[tokenizer.separator], callback=show, **sampling)
-    print(decoder.decode(b"", final=True))
+    print(unsaid + decoder.decode(b"", final=True))
 
 
 # --- inspect ---
@@ -310,16 +336,18 @@ def _named_config(name: str) -> TransformerConfig:
         return TransformerConfig.from_dict(json.loads(Path(name).read_text("utf-8")))
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {name}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{name} is not a model's config: {error}") from None
 
 
 def _device(name: str | None) -> torch.device:
-    """The device of that name, once something could be put there; None: the GPU if there is one."""
+    """The device of that name, once a number came back from there; None: the GPU if there is one."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch has no error of its own for it
+        probe = torch.zeros(1, device=name)
+        probe.item()  # nothing comes back from meta
+        return probe.device
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch has no error of its own for it
         raise ValueError(f"--device {name} is of no use here: {str(error).splitlines()[0]}") from None
 
 

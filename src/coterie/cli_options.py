@@ -18,14 +18,15 @@ _DEFAULTS = TrainConfig()
 
 def _optional(kind: Callable[[str], Any], metavar: str, default: str, choices: tuple[str, ...] = ()) -> tuple[Any, Any]:
     """An option that is None unless given: a resumed run keeps its own value, any other takes the default."""
-    wanted = {int: "a whole number", float: "a number"}.get(kind, f"one of {', '.join(choices)}")
+    wanted = {int: "a whole number below 2**63", float: "a number"}.get(kind, f"one of {', '.join(choices)}")
 
     def parse(words: list[str]) -> Any:
         try:
             value = kind(words[0])
         except ValueError:
             value = None
-        if value is None or (choices and value not in choices):
+        too_large = kind is int and value is not None and abs(value) >= 2**63  # nothing that counts in 64 bits takes it
+        if value is None or too_large or (choices and value not in choices):
             raise ValueError(f"got {words[0]!r}, must be {wanted}")
         return value
 
@@ -103,7 +104,7 @@ class Generate:
     """Folder of a run, or of one contender in it."""
     prompt: Annotated[str, arg(metavar="TEXT")]
     """What to continue."""
-    max_new_tokens: Annotated[int, arg(metavar="INT")] = 200
+    max_new_tokens: Annotated[int, *_optional(int, "INT", "200")] = 200
     """Tokens to generate, one per byte."""
     temperature: Annotated[float, arg(metavar="FLOAT")] = 0.8
     """0 always takes the likeliest token."""

@@ -1,9 +1,10 @@
 import json
+import math
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from coterie.models import TransformerConfig
+from coterie.models import Transformer, TransformerConfig
 
 DENSE = {
     "vocab_size": 50,
@@ -57,7 +58,8 @@ def test_whole_numbers_do_for_floats_and_the_config_is_frozen():
         ({"dim": "32"}, TypeError, "dim must be int, got '32'"),
         ({"head_dim": 8.0}, TypeError, r"head_dim must be int \| None, got 8.0"),
         ({"qk_norm": 1}, TypeError, "qk_norm must be bool, got 1"),
-        ({"feed_forwards": "moe"}, TypeError, "feed_forwards must be a sequence of strings"),
+        ({"feed_forwards": "moe"}, TypeError, "feed_forwards must be a sequence of str, got 'moe'"),
+        ({"feed_forwards": (1,)}, TypeError, "an entry of feed_forwards must be str, got 1"),
         ({"feed_forwards": ("dense",)}, ValueError, "feed_forwards must be of 'mlp', 'moe', got 'dense'"),
         ({"feed_forwards": ()}, ValueError, "feed_forwards .* got 0"),
         ({"mixers": ("attention",) * 4}, ValueError, "mixers .* divide num_layers = 6, got 4"),
@@ -77,11 +79,42 @@ def test_whole_numbers_do_for_floats_and_the_config_is_frozen():
         ({"router_groups": 8, "top_k": 2}, ValueError, "top_k must fit in the 1 experts"),
         ({"activation": "swish"}, ValueError, "activation must be one of .*'swish'"),
         ({"init_std": -0.1}, ValueError, "init_std must not be negative"),
+        ({"rope_theta": 0.0}, ValueError, "rope_theta must be positive, got 0.0"),
+        ({"rope_theta": math.nan}, ValueError, "rope_theta must be finite, got nan"),
+        ({"norm_eps": math.nan}, ValueError, "norm_eps must be finite, got nan"),
+        ({"norm_eps": math.inf}, ValueError, "norm_eps must be finite, got inf"),
+        ({"router_scale": -math.inf}, ValueError, "router_scale must be finite, got -inf"),
+        ({"init_std": 10**400}, ValueError, r"init_std must be within ±2\*\*63, got 1000"),
+        ({"max_length": 2**63}, ValueError, r"max_length must be within ±2\*\*63, got 9223372036854775808"),
+        (
+            {"router_groups": 8, "router_top_groups": 2, "router_group_score": "top2_sum"},
+            ValueError,
+            "router_group_score 'top2_sum' needs two experts a group, got router_groups = 8 of num_experts = 8",
+        ),
     ],
 )
 def test_a_wrong_field_is_named_with_what_is_accepted(change, error, message):
     with pytest.raises(error, match=message):
         TransformerConfig(**{**SPARSE, **change})
+
+
+def test_what_the_config_accepts_of_groups_the_model_does():
+    """One group of one expert is no choice among groups: it needs no score."""
+    groups = [(1, 1, 1), (1, 8, 2), (4, 8, 2), (8, 8, 2)]
+    for num_groups, num_experts, top_k in groups:
+        for score in ("max", "top2_sum"):
+            fields = {
+                "num_experts": num_experts,
+                "top_k": top_k,
+                "router_groups": num_groups,
+                "router_top_groups": min(num_groups, 2),
+                "router_group_score": score,
+            }
+            if score == "top2_sum" and num_groups == 8:
+                with pytest.raises(ValueError, match="top2_sum"):
+                    TransformerConfig(**{**SPARSE, **fields})
+            else:
+                Transformer(TransformerConfig(**{**SPARSE, **fields}), device="meta")
 
 
 def test_unknown_and_missing_fields_are_named():

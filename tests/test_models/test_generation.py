@@ -92,6 +92,9 @@ def test_a_seed_is_the_call_s_own(small_model):
         ({"top_k": 2, "top_p": 0.5}, [0, 1, 0, 0]),  # 4/7 of what top_k left reaches 0.5 alone
         ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
         ({"temperature": 1e-4}, [0, 1, 0, 0]),
+        ({"temperature": 1e-40}, [0, 1, 0, 0]),
+        ({"temperature": 1e-300}, [0, 1, 0, 0]),  # 0 in float32
+        ({"temperature": 1e300}, [0.25, 0.25, 0.25, 0.25]),
     ],
 )
 def test_samples_from_the_distribution(options, wanted):
@@ -158,6 +161,10 @@ def test_under_autocast_the_cache_is_in_autocast_s_dtype(small_model):
     ("options", "message"),
     [
         ({"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
+        ({"max_new_tokens": 10**24}, r"max_new_tokens and the prompt must be less than 2\*\*63 tokens, got 1000"),
+        ({"max_new_tokens": 2**63 - 3}, "max_new_tokens and the prompt"),  # the prompt has three
+        ({"seed": -1}, r"seed must be in 0..2\*\*63 - 1, got -1"),
+        ({"seed": 2**63}, "seed must be in .* got 9223372036854775808"),
         ({"temperature": -0.5}, "temperature must be finite and not negative, got -0.5"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),

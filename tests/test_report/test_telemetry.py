@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coterie.ops import Routing, route_topk
 from coterie.report import ExpertLoad, dead_experts, load_entropy, load_imbalance
+from coterie.training.evaluation import expert_shares, mean_load_entropy
 
 
 def test_entropy_is_one_when_even_and_zero_when_one_expert_has_all():
@@ -22,6 +23,12 @@ def test_entropy_of_an_uneven_load_by_hand():
 def test_no_load_has_no_entropy_and_a_single_expert_is_even():
     assert load_entropy(torch.zeros(4, dtype=torch.int64)).isnan()
     assert load_entropy(torch.tensor([5])).item() == 1.0
+
+
+def test_what_training_logs_is_the_mean_over_layers():
+    counts = torch.tensor([[7, 7, 7, 7], [0, 28, 0, 0], [3, 1, 0, 9]])
+    logged = mean_load_entropy([expert_shares(layer) for layer in counts])
+    assert logged.item() == pytest.approx(load_entropy(counts).mean().item(), rel=1e-6)
 
 
 def test_dead_experts_and_those_that_hardly_any_token_reached():

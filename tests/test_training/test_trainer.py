@@ -359,6 +359,28 @@ def test_resume_drops_the_steps_after_the_checkpoint_from_the_log(
     assert [record["step"] for record in records if "valid_bpb" in record] == [0, 3, 6]
 
 
+@pytest.mark.parametrize("line", ["3", '"step"', "[]", "{}", '{"step": "x"}', "[" * 100_000, '{"step": 2'])
+def test_a_line_that_is_no_record_ends_the_log(make_model, make_config, make_batches, valid, tmp_path, line):
+    config = make_config()
+    trainer = Trainer(make_model(), config, make_batches(config), valid, tmp_path)
+    for _ in range(4):
+        trainer.step()
+    path = tmp_path / "log.jsonl"
+    records = read_log(path)
+    lines = path.read_text().splitlines()
+
+    path.write_text("\n".join([*lines[:4], line, lines[4]]) + "\n")  # after the checkpoint of step 3
+    assert read_log(path) == records[:4]
+    resumed = Trainer(make_model(), config, make_batches(config), valid, tmp_path, resume=True)
+    assert resumed.history == read_log(path) == records[:4]
+
+    damaged = "\n".join([*lines[:2], line, *lines[2:]]) + "\n"  # before it: what the run did is lost
+    path.write_text(damaged)
+    with pytest.raises(ValueError, match=r"log.jsonl is damaged in line 3, before step 3 to resume"):
+        Trainer(make_model(), config, make_batches(config), valid, tmp_path, resume=True)
+    assert path.read_text() == damaged
+
+
 def test_a_finished_run_resumes_to_itself(make_model, make_config, make_batches, valid, tmp_path):
     config = make_config()
     history = Trainer(make_model(), config, make_batches(config), valid, tmp_path).train(progress=False)

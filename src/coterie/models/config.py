@@ -1,9 +1,10 @@
 """The description of a model: a frozen dataclass that checks itself and travels as JSON."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from coterie.ops import activation_is_gated
 
@@ -81,8 +82,7 @@ class TransformerConfig:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
+        check_fields(self)
         positive = ["vocab_size", "dim", "num_layers", "num_heads", "max_length", "rope_theta", "norm_eps"]
         positive += ["num_kv_heads"] * (self.num_kv_heads is not None)
         positive += ["head_dim"] * (self.head_dim is not None)
@@ -142,6 +142,11 @@ class TransformerConfig:
         reachable = self.router_top_groups * (self.num_experts // self.router_groups)
         if self.top_k > reachable:
             raise ValueError(f"top_k must fit in the {reachable} experts of router_top_groups, got {self.top_k}")
+        if self.router_group_score == "top2_sum" and 1 < self.router_groups == self.num_experts:
+            raise ValueError(
+                f"router_group_score 'top2_sum' needs two experts a group, got router_groups = {self.router_groups} "
+                f"of num_experts = {self.num_experts}"
+            )
         if self.shared_gate and not self.shared_hidden_dim:
             raise ValueError("shared_gate needs a shared expert: shared_hidden_dim is 0")
 
@@ -181,15 +186,32 @@ class TransformerConfig:
         return cls(**values)
 
 
+def check_fields(config: Any) -> None:
+    """Gives every field of a frozen dataclass the type it is declared with: JSON's lists become tuples, whole numbers
+    become floats where asked.
+
+    Raises:
+        TypeError: a value of another type; the field is named.
+        ValueError: a number that is not finite, or a whole one that 64 bits do not hold.
+    """
+    for name, kind in get_type_hints(type(config)).items():
+        object.__setattr__(config, name, _checked(name, getattr(config, name), kind))
+
+
 def _checked(name: str, value: Any, kind: Any) -> Any:
-    """`value` as the field's type, or TypeError: JSON's lists become tuples, ints become floats where asked."""
-    if kind == tuple[str, ...]:
-        if isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value):
-            return tuple(value)
-        raise TypeError(f"{name} must be a sequence of strings, got {value!r}")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if get_origin(kind) is tuple:
+        entry = get_args(kind)[0]
+        if isinstance(value, (list, tuple)):
+            return tuple(_checked(f"an entry of {name}", one, entry) for one in value)
+        raise TypeError(f"{name} must be a sequence of {entry.__name__}, got {value!r}")
     # bool is an int to Python, but num_layers=True is a mistake.
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and abs(value) >= 2**63:
+        raise ValueError(f"{name} must be within ±2**63, got {value}")
+    if whole and float in (kind, *get_args(kind)):
+        value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
     return value

@@ -35,7 +35,7 @@ def generate(
         top_k: sample among the k likeliest only.
         top_p: sample among the fewest likeliest whose probabilities reach p (nucleus sampling, arXiv:1904.09751),
             of what top_k and temperature left.
-        seed: of a random generator for this call alone; None: the global random state.
+        seed: of a random generator for this call alone, 0 ≤ seed < 2**63; None: the global random state.
         stop: tokens, or sequences of tokens, after which a sequence is finished. A stop is part of the output; a
             sequence counts only if wholly generated.
         pad_token: what follows in a finished sequence, while others go on.
@@ -46,7 +46,7 @@ def generate(
     Returns:
         [B, L + n] int64, prompts included; n ≤ max_new_tokens, less if all finished early.
     """
-    _check(input_ids, max_new_tokens, temperature, top_k, top_p, token_mask)
+    _check(input_ids, max_new_tokens, temperature, top_k, top_p, seed, token_mask)
     device = input_ids.device
     stops = [torch.tensor([entry] if isinstance(entry, int) else list(entry), device=device) for entry in stop]
     if not all(map(len, stops)):
@@ -85,7 +85,10 @@ def _sample(
     """[B, vocab] float32 → [B] int64."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    # The likeliest is 0 before the division, so that nothing overflows upwards; float32 has no smaller divisor.
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    logits, ids = logits.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         logits = logits[:, :top_k]
     probabilities = logits.softmax(-1)
@@ -104,17 +107,22 @@ def _check(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    seed: int | None,
     token_mask: Tensor | None,
 ) -> None:
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids must be [B, L] with B and L ≥ 1, got {tuple(input_ids.shape)}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    if input_ids.shape[1] + max_new_tokens >= 2**63:
+        raise ValueError(f"max_new_tokens and the prompt must be less than 2**63 tokens, got {max_new_tokens}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and not negative, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in 0..2**63 - 1, got {seed}")
     if token_mask is not None and not token_mask[:, -1].all():
         raise ValueError("token_mask must end with a token in every sequence: pad prompts on the left")

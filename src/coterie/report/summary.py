@@ -80,8 +80,4 @@ def format_summary(figures: Mapping[str, Figures]) -> str:
     header = ["", *names]
     if len(names) == 2:
         header.append(f"{names[0]} : {names[1]}")
-    elif len(names) == 1:
-        rows = [
-            [row[0].replace(" at equal tokens", " on unseen text"), *row[1:]] for row in rows if "seconds" not in row[0]
-        ]
     return format_table(header, rows)

@@ -173,7 +173,7 @@ def compare(
         FileExistsError, FileNotFoundError, ValueError: as `Trainer` does.
     """
     for name in models:
-        _check_name(name)
+        check_name(name)
     if not models:
         raise ValueError("models: got none to compare")
     if resume and out_dir is None:
@@ -238,6 +238,7 @@ def _take_turns(trainers: dict[str, Trainer], progress: bool) -> None:
         trainer.close()
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises ValueError unless a contender of that name can have a folder of that name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"models: got the name {name!r}, which names a folder: letters, digits, '.', '_' and '-'")

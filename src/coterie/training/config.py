@@ -1,11 +1,13 @@
 """Everything that decides how a model is trained, as one value."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from coterie.models.config import check_fields
 from coterie.ops._products import multiplies_natively
 
 PRECISIONS = ("auto", "bf16", "float32")
@@ -35,7 +37,8 @@ class TrainConfig:
         z_weight: weight of the router's z-loss.
         selection_bias_rate: step of the auxiliary-loss-free bias, updated once per optimizer step; needs a model
             whose routers have one.
-        seed: of the random stream inside the model (dropout, jitter); the batches have a seed of their own.
+        seed: of the random stream inside the model (dropout, jitter), less than 2**63; the batches have a seed of
+            their own.
         eval_every: steps between evaluations; the start and the end are always evaluated.
         eval_batches: batches per evaluation, spread evenly over the validation text and always the same.
         checkpoint_every: steps between checkpoints; the end always has one.
@@ -43,6 +46,7 @@ class TrainConfig:
 
     Raises:
         ValueError: a field is outside its range.
+        TypeError: a field is of the wrong type.
     """
 
     steps: int = 400
@@ -66,7 +70,7 @@ class TrainConfig:
     compile: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "betas", tuple(self.betas))
+        check_fields(self)
         for name in ("steps", "batch_size", "length", "accumulation", "eval_every", "eval_batches", "checkpoint_every"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup_steps", "weight_decay", "balance_weight", "z_weight", "selection_bias_rate", "seed"):
@@ -89,12 +93,15 @@ class TrainConfig:
         return {**dataclasses.asdict(self), "betas": list(self.betas)}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "TrainConfig":
+    def from_dict(cls, fields: Mapping[str, Any]) -> "TrainConfig":
         """The inverse of `to_dict`.
 
         Raises:
             ValueError: an unknown field, or one outside its range.
+            TypeError: a field of the wrong type, or no fields at all.
         """
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"training must be an object of fields, got {fields!r}")
         unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"unknown training field {unknown[0]!r}")

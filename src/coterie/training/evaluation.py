@@ -76,7 +76,7 @@ def evaluate(
     return Evaluation(
         bpb=nats / tokens / math.log(2),
         expert_load=load,
-        load_entropy=load_entropy(layers).item() if load else None,
+        load_entropy=mean_load_entropy(layers).item() if load else None,
         dead_experts=sum(int((shares == 0).sum()) for shares in layers) if load else None,
     )
 
@@ -97,7 +97,7 @@ def expert_shares(counts: Tensor) -> Tensor:
     return counts.double() / counts.sum().clamp(min=1)
 
 
-def load_entropy(shares: list[Tensor]) -> Tensor:
+def mean_load_entropy(shares: list[Tensor]) -> Tensor:
     """Mean over layers of -Σ_e s_e log s_e / log E: 1 for equal shares [E], 0 for one expert only."""
     entropies = [
         -torch.special.xlogy(layer, layer).sum() / math.log(len(layer)) if len(layer) > 1 else layer.new_ones(())

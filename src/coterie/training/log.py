@@ -17,6 +17,10 @@ class RunLog:
     Args:
         folder: of the run.
         step: keep the records up to this step (resume), drop the others; None starts anew.
+
+    Raises:
+        FileNotFoundError: no log to resume.
+        ValueError: the log to resume is damaged before `step`; it is left as it is.
     """
 
     def __init__(self, folder: Path, step: int | None = None):
@@ -26,6 +30,10 @@ class RunLog:
             self.path.write_bytes(b"")
         else:
             self.records, size = _read(self.path, step)
+            if not self.records or self.records[-1]["step"] != step:
+                raise ValueError(
+                    f"{self.path} is damaged in line {len(self.records) + 1}, before step {step} to resume"
+                )
             os.truncate(self.path, size)
         self._board = _tensorboard_writer(folder / "tensorboard", step)
 
@@ -67,9 +75,12 @@ def _read(path: Path, last_step: int | None) -> tuple[list[Record], int]:
         for line in file:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
-            if not line.endswith(b"\n") or (last_step is not None and record["step"] > last_step):
+            step = record.get("step") if isinstance(record, dict) else None
+            if not isinstance(step, int) or not line.endswith(b"\n"):
+                break
+            if last_step is not None and step > last_step:
                 break
             records.append(record)
             size += len(line)

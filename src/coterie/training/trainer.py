@@ -29,7 +29,7 @@ from coterie.training.evaluation import (
     evaluate,
     evaluation_windows,
     expert_shares,
-    load_entropy,
+    mean_load_entropy,
 )
 from coterie.training.log import Record, RunLog
 from coterie.training.optimizer import decay_groups, make_optimizer
@@ -50,9 +50,10 @@ class Trainer:
         4. evaluate, log, write a checkpoint, where due.
 
     The loss is the mean cross entropy per target + `balance_weight` · balance loss + `z_weight` · z-loss. Cut into
-    micro-batches, cross entropy and z-loss are the same as on the whole batch (targets are counted over the batch,
-    not averaged over micro-batches). The balance loss is taken per micro-batch and averaged, as is usual: it asks
-    each micro-batch to be balanced, which is a little stricter than asking it of the batch.
+    micro-batches, cross entropy is the same as on the whole batch, for targets are counted over the batch. The router
+    losses are taken per micro-batch and averaged: the z-loss is that of the whole batch only if every micro-batch has
+    equally many unmasked tokens, and the balance loss asks each micro-batch to be balanced, as is usual, which is a
+    little stricter than asking it of the batch.
 
     Args:
         model: called as `model(inputs [B, L])`, returns a value with `logits` [B, L, V] and `routings` (one `Routing`
@@ -230,7 +231,7 @@ class Trainer:
         values = [*torch.stack(losses).sum(0), grad_norm]
         names = ["loss", "ce", "balance", "z", "grad_norm"]
         if counts:
-            values.append(load_entropy([expert_shares(layer) for layer in counts]))
+            values.append(mean_load_entropy([expert_shares(layer) for layer in counts]))
             names.append("load_entropy")
         measured = torch.stack([value.float() for value in values]).tolist()
         return {**dict(zip(names, measured, strict=True)), "lr": lr}, num_targets
