@@ -52,9 +52,6 @@ def parse_activation(text: str) -> Activation:
     return _PARSED[text]
 
 
-_PARSED: dict[str, Activation] = {}
-
-
 def _parse(text: str) -> Activation:
     name, bracket, _ = text.partition("(")
     if name not in _FUNCTIONS:
@@ -77,6 +74,10 @@ def _parse(text: str) -> Activation:
     if unknown := set(parameters) - accepted:
         raise ValueError(f"activation {name!r} takes {sorted(accepted) or 'no parameters'}, got {sorted(unknown)}")
     return Activation(function, gated, **parameters)
+
+
+# All plain names at once: a compiled graph is guarded by this dict, and compiled again when it changes.
+_PARSED: dict[str, Activation] = {name: _parse(name) for name in _FUNCTIONS}
 
 
 def activation_is_gated(activation: str) -> bool:

@@ -1,0 +1,119 @@
+"""coterie's experts inside transformers' models: a name for their experts interface.
+
+    coterie.interop.register_hf()
+    model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="coterie")
+
+One function serves every family on the interface. Where its experts are a gated MLP of a known activation, or one
+without a gate, they go through `expert_mlp`. Where they have something of their own between the layers or after them
+(a custom gate, interleaved gate and up, a norm), the two products are `grouped_matmul` and the rest is theirs.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from coterie.ops._rows import accumulator_dtype, sort_rows
+from coterie.ops.expert_mlp import expert_mlp
+from coterie.ops.grouped_matmul import grouped_matmul
+
+NAME = "coterie"
+
+# transformers' activations by their names there, and ours: with a gate, and without.
+_ACTIVATIONS = {
+    "silu": ("swiglu", "silu"),
+    "gelu": ("geglu", "gelu"),
+    "gelu_pytorch_tanh": ("geglu_tanh", "gelu_tanh"),
+    "relu": ("reglu", "relu"),
+    "relu2": (None, "relu2"),
+}
+
+
+def register_hf() -> None:
+    """Make "coterie" an experts implementation of transformers; calling it again changes nothing.
+
+    After it, `from_pretrained(..., experts_implementation="coterie")` and
+    `model.set_experts_implementation("coterie")` work, in training and inference, on any device coterie has.
+
+    Raises:
+        ImportError: transformers 5 is not installed (pip install 'coterie[hf]').
+    """
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise ImportError("register_hf needs transformers 5 or later: pip install 'coterie[hf]'") from error
+    ALL_EXPERTS_FUNCTIONS.register(NAME, hf_experts_forward)
+
+
+def hf_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward of a transformers experts module `self`.
+
+    Args:
+        hidden_states: [T, D].
+        top_k_index: [T, K]; ids of num_experts and more are slots of other ranks, which are not computed.
+        top_k_weights: [T, K].
+
+    Returns:
+        [T, D] in the dtype of hidden_states.
+
+    Raises:
+        ValueError: the module's weights are not what the interface says, or are quantized; the module is named.
+    """
+    up, down, up_bias, down_bias = _weights(self)
+    x = hidden_states if torch.is_autocast_enabled(hidden_states.device.type) else hidden_states.to(up.dtype)
+    expert_ids = top_k_index.to(torch.int64)
+    weights = top_k_weights
+    if self._is_expert_parallel:
+        weights = weights.masked_fill(expert_ids >= self.num_experts, 0.0)
+        expert_ids = expert_ids.clamp(max=self.num_experts)
+    activation = _activation(self)
+    if activation is not None:
+        biases = {"gate_up_bias": up_bias, "down_bias": down_bias}
+        y = expert_mlp(x, expert_ids, weights, up, down, **biases, activation=activation)
+    else:
+        y = _by_their_own_gate(self, x, expert_ids, weights, up, down, up_bias, down_bias)
+    return y.to(hidden_states.dtype)
+
+
+def _weights(self: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """up [E, 2F or F, D], down [E, D, F] and their biases [E, ..] or None."""
+    first = "gate_up_proj" if self.has_gate else "up_proj"
+    names = [first, "down_proj"] + ([f"{first}_bias", "down_proj_bias"] if self.has_bias else [])
+    found = [getattr(self, name, None) for name in names]
+    for name, t, dims in zip(names, found, (3, 3, 2, 2), strict=False):
+        if not isinstance(t, Tensor) or t.dim() != dims or not t.is_floating_point() or t.element_size() < 2:
+            got = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(
+                f"experts_implementation 'coterie' cannot serve {type(self).__name__}: its {name} must be a tensor of "
+                f"{dims} dimensions in floating point of 16 bits or more, got {got}"
+            )
+    up, down = (t.mT for t in found[:2]) if self.is_transposed else found[:2]
+    return up, down, *(found[2:] or (None, None))
+
+
+def _activation(self: nn.Module) -> str | None:
+    """What `expert_mlp` calls this module's activation; None where it does something else than that."""
+    from transformers.activations import ACT2FN
+    from transformers.integrations.moe import _default_apply_gate
+
+    plain = type(self)._apply_gate is _default_apply_gate and self.is_concatenated
+    if self.has_post_expert_norm or (self.has_gate and not plain):
+        return None
+    for name, (gated, ungated) in _ACTIVATIONS.items():
+        if type(getattr(self, "act_fn", None)) is type(ACT2FN[name]):
+            return gated if self.has_gate else ungated
+    return None
+
+
+def _by_their_own_gate(self, x, expert_ids, weights, up, down, up_bias, down_bias) -> Tensor:
+    order, counts = sort_rows(expert_ids, self.num_experts)
+    token = order // expert_ids.shape[1]
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, up, down, up_bias, down_bias = (t if t is None else t.to(dtype) for t in (x, up, down, up_bias, down_bias))
+    hidden = grouped_matmul(x, up, counts, rows=token, bias=up_bias)  # [N, 2F]
+    hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
+    rows = grouped_matmul(hidden.to(down.dtype), down, counts, bias=down_bias)  # [N, D]
+    if self.has_post_expert_norm:
+        rows = self.post_expert_norm(rows)
+    total = accumulator_dtype(rows.dtype)
+    rows = rows.to(total) * weights.flatten()[order].unsqueeze(1).to(total)
+    return torch.zeros(x.shape, dtype=total, device=x.device).index_add(0, token, rows)
