@@ -8,6 +8,8 @@ without a gate, they go through `expert_mlp`. Where they have something of their
 (a custom gate, interleaved gate and up, a norm), the two products are `grouped_matmul` and the rest is theirs.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,10 @@ _ACTIVATIONS = {
     "relu": ("reglu", "relu"),
     "relu2": (None, "relu2"),
 }
+# Filled by `register_hf`, so that a forward imports and instantiates nothing: those names by activation module, and
+# what gates when a family has no gate of its own.
+_NAMES: dict[type, tuple[str | None, str]] = {}
+_PLAIN_GATES: set[Callable] = set()
 
 
 def register_hf() -> None:
@@ -37,9 +43,12 @@ def register_hf() -> None:
         ImportError: transformers 5 is not installed (pip install 'coterie[hf]').
     """
     try:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+        from transformers.activations import ACT2FN
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
     except ImportError as error:
         raise ImportError("register_hf needs transformers 5 or later: pip install 'coterie[hf]'") from error
+    _NAMES.update({type(ACT2FN[name]): ours for name, ours in _ACTIVATIONS.items()})
+    _PLAIN_GATES.add(_default_apply_gate)
     ALL_EXPERTS_FUNCTIONS.register(NAME, hf_experts_forward)
 
 
@@ -91,16 +100,11 @@ def _weights(self: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor | N
 
 def _activation(self: nn.Module) -> str | None:
     """What `expert_mlp` calls this module's activation; None where it does something else than that."""
-    from transformers.activations import ACT2FN
-    from transformers.integrations.moe import _default_apply_gate
-
-    plain = type(self)._apply_gate is _default_apply_gate and self.is_concatenated
+    plain = type(self)._apply_gate in _PLAIN_GATES and self.is_concatenated
     if self.has_post_expert_norm or (self.has_gate and not plain):
         return None
-    for name, (gated, ungated) in _ACTIVATIONS.items():
-        if type(getattr(self, "act_fn", None)) is type(ACT2FN[name]):
-            return gated if self.has_gate else ungated
-    return None
+    gated, ungated = _NAMES.get(type(getattr(self, "act_fn", None)), (None, None))
+    return gated if self.has_gate else ungated
 
 
 def _by_their_own_gate(self, x, expert_ids, weights, up, down, up_bias, down_bias) -> Tensor:
