@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from coterie.ops._rows import accumulator_dtype, sort_rows
+from coterie.ops._autocast import autocast_dtype
+from coterie.ops._rows import sort_rows, sum_slots
 from coterie.ops.expert_mlp import expert_mlp
 from coterie.ops.grouped_matmul import grouped_matmul
 
@@ -67,7 +68,7 @@ def hf_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tens
         ValueError: the module's weights are not what the interface says, or are quantized; the module is named.
     """
     up, down, up_bias, down_bias = _weights(self)
-    x = hidden_states if torch.is_autocast_enabled(hidden_states.device.type) else hidden_states.to(up.dtype)
+    x = hidden_states if autocast_dtype(hidden_states.device.type) else hidden_states.to(up.dtype)
     expert_ids = top_k_index.to(torch.int64)
     weights = top_k_weights
     if self._is_expert_parallel:
@@ -110,14 +111,11 @@ def _activation(self: nn.Module) -> str | None:
 def _by_their_own_gate(self, x, expert_ids, weights, up, down, up_bias, down_bias) -> Tensor:
     order, counts = sort_rows(expert_ids, self.num_experts)
     token = order // expert_ids.shape[1]
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x.device.type):
         x, up, down, up_bias, down_bias = (t if t is None else t.to(dtype) for t in (x, up, down, up_bias, down_bias))
     hidden = grouped_matmul(x, up, counts, rows=token, bias=up_bias)  # [N, 2F]
     hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
     rows = grouped_matmul(hidden.to(down.dtype), down, counts, bias=down_bias)  # [N, D]
     if self.has_post_expert_norm:
         rows = self.post_expert_norm(rows)
-    total = accumulator_dtype(rows.dtype)
-    rows = rows.to(total) * weights.flatten()[order].unsqueeze(1).to(total)
-    return torch.zeros(x.shape, dtype=total, device=x.device).index_add(0, token, rows)
+    return sum_slots(rows, order, weights)

@@ -6,12 +6,11 @@ it is kept for backward. A handful of rows go one by one.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from coterie.ops._layout import lay_out
 from coterie.ops._products import matmul_dtype, multiply_each
-from coterie.ops._rows import accumulator_dtype, check_ids, sort_rows
+from coterie.ops._rows import accumulator_dtype, bias_rows, check_ids, sort_rows
 from coterie.ops._sums import TokenSum, WeightGradient, add_bias_gradient
 from coterie.ops.activations import activation_and_gradient, apply_activation
 
@@ -67,20 +66,15 @@ def forward_unsorted(
     rows = x.to(work).repeat_interleave(expert_ids.shape[1], 0)
     hidden = multiply_each(rows, experts, gate_up_proj)
     if gate_up_bias is not None:
-        hidden += _bias_rows(gate_up_bias, experts)
+        hidden += bias_rows(gate_up_bias, experts)
     rows = multiply_each(apply_activation(hidden, activation), experts, down_proj)
     if down_bias is not None:
-        rows += _bias_rows(down_bias, experts)
+        rows += bias_rows(down_bias, experts)
     if unused := [slot for slot, expert in enumerate(experts) if expert == len(down_proj)]:
         rows[unused] = 0
     total = accumulator_dtype(x.dtype)
     slots = rows.view(*weights.shape, -1).to(total)
     return (slots * weights.unsqueeze(2).to(total)).sum(1).to(x.dtype)
-
-
-def _bias_rows(bias: Tensor, experts: list[int]) -> Tensor:
-    """[N, B]: each slot's bias; 0 in unused slots."""
-    return F.pad(bias, (0, 0, 0, 1))[experts]
 
 
 def backward(

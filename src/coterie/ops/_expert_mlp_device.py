@@ -4,10 +4,9 @@ Signatures as in `_expert_mlp_cpu`. No host synchronisation.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.ops._rows import accumulator_dtype, sort_rows
+from coterie.ops._rows import accumulator_dtype, bias_rows, sort_rows, sum_slots
 from coterie.ops.activations import activation_and_gradient, apply_activation
 from coterie.ops.grouped_matmul import expert_of_rows, multiply_columns, multiply_rows, sum_rows
 
@@ -27,8 +26,8 @@ def forward(
     hidden = _hidden(x, order // expert_ids.shape[1], gate_up_proj, gate_up_bias, counts)
     rows = multiply_rows(apply_activation(hidden, activation), down_proj, counts)
     if down_bias is not None:
-        rows += _bias_rows(down_bias, counts, rows)
-    y = _sum_slots(rows, order, weights)
+        rows += bias_rows(down_bias, expert_of_rows(counts, rows.shape[0]))
+    y = sum_slots(rows, order, weights)
     return y, hidden if keep_hidden else hidden.new_empty(0, hidden.shape[1]), order, counts
 
 
@@ -60,11 +59,12 @@ def backward(
     grad_x, grad_weights, grad_up, grad_down, grad_up_bias, grad_down_bias = (x.new_empty(0) for _ in needs)
     if needs_x:
         rows = multiply_rows(grad_hidden, gate_up_proj.transpose(1, 2), counts)
-        grad_x = _sum_slots(rows, order, torch.ones_like(weights))
+        grad_x = sum_slots(rows, order, torch.ones_like(weights))
     if needs_weights:
         by_row = (grad_activated * activated).sum(1, dtype=accumulator_dtype(x.dtype))
         if down_bias is not None:
-            by_row += (grad_rows * _bias_rows(down_bias, counts, grad_rows)).sum(1, dtype=by_row.dtype)
+            bias = bias_rows(down_bias, expert_of_rows(counts, order.numel())).to(x.dtype)
+            by_row += (grad_rows * bias).sum(1, dtype=by_row.dtype)
         grad_weights = torch.empty_like(weights).flatten().index_copy_(0, order, by_row.to(weights.dtype))
         grad_weights = grad_weights.view(weights.shape)
     if needs_down:
@@ -80,18 +80,6 @@ def backward(
 
 def _hidden(x: Tensor, token: Tensor, gate_up_proj: Tensor, gate_up_bias: Tensor | None, counts: Tensor) -> Tensor:
     hidden = multiply_rows(x.index_select(0, token), gate_up_proj, counts)
-    return hidden if gate_up_bias is None else hidden + _bias_rows(gate_up_bias, counts, hidden)
-
-
-def _bias_rows(bias: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
-    """The bias of each sorted row's expert; zero in unused slots."""
-    return F.pad(bias, (0, 0, 0, 1))[expert_of_rows(counts, rows.shape[0])].to(rows.dtype)
-
-
-def _sum_slots(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """y[t] = Σ_k weights[t, k] · the sorted row of slot (t, k): a gather and a sum in a fixed order."""
-    position = torch.empty_like(order)
-    position[order] = torch.arange(order.numel(), device=order.device)
-    slots = rows.index_select(0, position).view(*weights.shape, rows.shape[1])  # [T, K, D]
-    total = accumulator_dtype(rows.dtype)
-    return (slots.to(total) * weights.unsqueeze(2).to(total)).sum(1).to(rows.dtype)
+    if gate_up_bias is not None:
+        hidden += bias_rows(gate_up_bias, expert_of_rows(counts, token.numel()))
+    return hidden

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,3 +38,17 @@ def sort_rows(expert_ids: Tensor, num_experts: int, *, radix: bool = False) -> t
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """In what sums over rows are kept: float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bias_rows(bias: Tensor, experts: Tensor | list[int]) -> Tensor:
+    """bias [E, B] of each row's expert, [N, B]; 0 for rows of none, whose expert is E."""
+    return F.pad(bias, (0, 0, 0, 1))[experts]
+
+
+def sum_slots(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """y[t] = Σ_k weights[t, k] · the sorted row of slot (t, k): a gather and a sum in a fixed order."""
+    position = torch.empty_like(order)
+    position[order] = torch.arange(order.numel(), device=order.device)
+    slots = rows.index_select(0, position).view(*weights.shape, rows.shape[1])  # [T, K, D]
+    total = accumulator_dtype(rows.dtype)
+    return (slots.to(total) * weights.unsqueeze(2).to(total)).sum(1).to(rows.dtype)

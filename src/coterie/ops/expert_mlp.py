@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from coterie.ops import _expert_mlp_cpu, _expert_mlp_device
 from coterie.ops._arguments import check_sizes, check_tensor, choose_impl
+from coterie.ops._autocast import autocast_dtype
 from coterie.ops._rows import sort_rows
 from coterie.ops.activations import activation_is_gated, apply_activation
 from coterie.ops.grouped_matmul import grouped_matmul
@@ -65,9 +66,9 @@ def expert_mlp(
         "gate_up_bias": gate_up_bias,
         "down_bias": down_bias,
     }
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = autocast_dtype(device)
     if autocast and x.dtype != torch.float64:  # as autocast itself has it
-        x = x.to(torch.get_autocast_dtype(device))
+        x = x.to(autocast)
     else:
         for name, matrix in matrices.items():
             if matrix is not None and matrix.dtype != x.dtype:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coterie.ops._arguments import check_sizes, check_tensor, choose_impl
+from coterie.ops._autocast import autocast_dtype
 from coterie.ops._layout import lay_out
 from coterie.ops._products import matmul_dtype
-from coterie.ops._rows import accumulator_dtype
+from coterie.ops._rows import accumulator_dtype, bias_rows
 from coterie.ops._sums import WeightGradient
 
 
@@ -50,8 +51,7 @@ def grouped_matmul(
     if bias is not None:
         check_tensor("bias", bias, tuple(weight.shape[:2]), "[E, O]", dtype=x.dtype)
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with torch.autocast(device, enabled=False) if autocast_dtype(device) else nullcontext():
         return (_reference if impl == "reference" else _torch_op)(x, weight, counts, rows, bias)
 
 
@@ -157,7 +157,7 @@ def _torch_op(x: Tensor, weight: Tensor, counts: Tensor, rows: Tensor | None, bi
     _check_values(x, counts, rows)
     y = multiply_rows(x if rows is None else x.index_select(0, rows), weight, counts)
     if bias is not None:
-        y += F.pad(bias, (0, 0, 0, 1))[expert_of_rows(counts, y.shape[0])]
+        y += bias_rows(bias, expert_of_rows(counts, y.shape[0]))
     return y
 
 
