@@ -23,7 +23,7 @@ import _tell
 from _bench import Case, Contender, Result
 from coterie.interop import from_hf, register_hf
 from coterie.models import generate
-from coterie.report import format_table
+from coterie.report import format_table, human_bytes
 
 TRAINING, PREFILL, DECODE = "training step", "prefill", "generation"
 HF_KINDS = ("grouped_mm", "batched_mm", "eager")
@@ -178,8 +178,18 @@ class _Models:
             PREFILL: (self._prefill(_their_last), self._prefill(_our_last)),
             DECODE: (self._decode_theirs, self._decode_ours),
         }[what]
+        # batched_mm copies the weights of every routed row, and keeps them for backward.
+        config = self.theirs.config
+        gathered = shape[0] * shape[1] * config.num_experts_per_tok * 3 * options.dim * config.moe_intermediate_size
+        gathered *= self.dtype.itemsize * (2 * options.layers if what == TRAINING else 1)
+        skips = {}
+        if gathered > options.limit_gib * 2**30:
+            skips["batched_mm"] = f"would gather {human_bytes(gathered)} of weights, one copy per routed row"
         contenders = [
-            self._contender(what, f"HF {kind}", self._with_experts(kind, theirs), optional=True) for kind in HF_KINDS
+            self._contender(
+                what, f"HF {kind}", self._with_experts(kind, theirs), optional=True, skip=skips.get(kind, "")
+            )
+            for kind in HF_KINDS
         ]
         contenders += [
             self._contender(what, DROP_IN, self._with_experts("coterie", theirs)),
@@ -223,6 +233,7 @@ class _Models:
             F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
             embedding = model.embedding if model is self.ours else model.get_input_embeddings()
             grads = {"grad embedding": embedding.weight.grad, "grad experts": _last_down_proj(model).grad}
+            model.zero_grad()
             return {"logits": logits.detach()[:, -1], **{name: g for name, g in grads.items() if g is not None}}
 
         return step
