@@ -1,5 +1,21 @@
-"""Other people's models: coterie's experts inside transformers' models."""
+"""Other people's models: coterie's experts inside transformers' models, and coterie's models inside its tools."""
+
+from importlib import import_module
+from typing import Any
 
 from coterie.interop.hf_experts import register_hf
 
-__all__ = ["register_hf"]
+# Where what needs optional libraries lives: imported when it is asked for.
+_LAZY = {"CoterieConfig": "hf_model", "CoterieForCausalLM": "hf_model"}
+
+__all__ = ["CoterieConfig", "CoterieForCausalLM", "register_hf"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(f"{__name__}.{_LAZY[name]}")
+    except ImportError as error:
+        raise ImportError(f"{name} needs transformers 5 or later: pip install 'coterie[hf]'") from error
+    return getattr(module, name)
