@@ -17,8 +17,8 @@ MAY_IMPORT = {
     "modules": {"ops", "modules"},
     "models": {"ops", "modules", "models"},
     "training": {"ops", "modules", "models", "training"},
-    "interop": {"ops", "modules", "models", "interop"},
     "report": {"ops", "modules", "models", "report"},
+    "interop": {"ops", "modules", "models", "report", "interop"},
     "coterie": {"ops", "modules", "models"},
     "cli": ALL,
 }

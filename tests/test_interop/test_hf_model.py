@@ -1,6 +1,7 @@
 """coterie's Transformer inside transformers: what goes in and comes out is the plain model's, tool by tool."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache, Training
 import coterie  # noqa: E402
 from _check import relative_error  # noqa: E402
 from coterie.interop import CoterieConfig, CoterieForCausalLM, register_hf  # noqa: E402
+from coterie.report import model_card  # noqa: E402
 from coterie.training import Batches, load_corpus  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -368,6 +370,42 @@ def test_its_own_settings_and_those_of_generation_are_saved(tmp_path):
     loaded = CoterieForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.router_aux_loss_coef == 0.25
     assert loaded.generation_config.eos_token_id == 3
+
+
+def test_every_save_has_a_card_and_leaves_yours(tmp_path):
+    _, model = make_pair(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert card == model_card(CONFIG, dtype=torch.bfloat16)
+    (tmp_path / "README.md").write_text("mine", "utf-8")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text("utf-8") == "mine"
+
+
+@pytest.mark.parametrize("there", [None, "mine"])
+def test_the_card_goes_to_the_hub_unless_there_is_one(there, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    _, model = make_pair()
+    sent = {}
+
+    def load(repo_id, **_):
+        if there is None:
+            raise hub.errors.EntryNotFoundError("no card")
+        return hub.ModelCard(there)
+
+    class Api:
+        def create_repo(self, repo_id, **_):
+            return hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def create_commit(self, repo_id, operations, **_):
+            sent.update({one.path_in_repo: Path(one.path_or_fileobj).read_text("latin-1") for one in operations})
+
+    monkeypatch.setattr("transformers.utils.hub.ModelCard.load", load)
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Api)
+    model.push_to_hub("someone/model")
+    assert {"README.md", "config.json", "model.safetensors"} <= sent.keys()
+    assert ("Written by coterie" in sent["README.md"]) == (there is None)
+    assert ("mine" in sent["README.md"]) == (there is not None)
 
 
 def test_what_a_checkpoint_lacks_is_drawn(tmp_path):

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from coterie.models.transformer import Transformer
 from coterie.modules.experts import Experts
 from coterie.modules.router import TopKRouter
 from coterie.ops import balance_loss
+from coterie.report.model_card import CARD_FILE, write_model_card
 
 MODEL_TYPE = "coterie"
 _FIELDS = tuple(one.name for one in fields(TransformerConfig))
@@ -253,6 +255,24 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
             if name not in only or value != only[name]:
                 raise ValueError(f"gradient checkpointing is every layer's, with {only}, got {name}={value!r}")
         self.model.gradient_checkpointing = True
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
+        """As transformers does, and a README.md that says what the model is, unless there is one of yours."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            self._write_card(save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs) -> str:
+        """On the way to the Hub, where transformers puts an empty form if the repository has no card yet."""
+        card = Path(working_dir) / CARD_FILE
+        if card.exists() and "This model card has been automatically generated" in card.read_text(encoding="utf-8"):
+            card.unlink()
+        self._write_card(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _write_card(self, folder: str | os.PathLike) -> None:
+        if not self._hf_peft_config_loaded:  # or the folder is an adapter's
+            write_model_card(folder, self.model.config, dtype=self.dtype)
 
     def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, path, **kwargs) -> None:
         """As transformers does, but a config.json is not read for the generation_config.json that is not there."""
