@@ -4,11 +4,12 @@ from importlib import import_module
 from typing import Any
 
 from coterie.interop.hf_experts import register_hf
+from coterie.interop.hub import HubTransformer
 
-# Where what needs optional libraries lives: imported when it is asked for.
+# What derives from transformers' classes, and so imports it: when it is asked for.
 _LAZY = {"CoterieConfig": "hf_model", "CoterieForCausalLM": "hf_model"}
 
-__all__ = ["CoterieConfig", "CoterieForCausalLM", "register_hf"]
+__all__ = ["CoterieConfig", "CoterieForCausalLM", "HubTransformer", "register_hf"]
 
 
 def __getattr__(name: str) -> Any:
