@@ -27,8 +27,9 @@ def small_config() -> TransformerConfig:
         shared_hidden_dim=12,
         shared_gate=True,
         selection_bias=True,
-        qk_norm=True,
-        attention_bias=True,
+        qk_norm="head",
+        qkv_bias=True,
+        output_bias=True,
         max_length=64,
         init_std=0.2,
     )

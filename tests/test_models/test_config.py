@@ -57,7 +57,7 @@ def test_whole_numbers_do_for_floats_and_the_config_is_frozen():
         ({"num_layers": True}, TypeError, "num_layers must be int, got True"),
         ({"dim": "32"}, TypeError, "dim must be int, got '32'"),
         ({"head_dim": 8.0}, TypeError, r"head_dim must be int \| None, got 8.0"),
-        ({"qk_norm": 1}, TypeError, "qk_norm must be bool, got 1"),
+        ({"selection_bias": 1}, TypeError, "selection_bias must be bool, got 1"),
         ({"feed_forwards": "moe"}, TypeError, "feed_forwards must be a sequence of str, got 'moe'"),
         ({"feed_forwards": (1,)}, TypeError, "an entry of feed_forwards must be str, got 1"),
         ({"feed_forwards": ("dense",)}, ValueError, "feed_forwards must be of 'mlp', 'moe', got 'dense'"),

@@ -151,8 +151,9 @@ def test_initial_weights_follow_the_rule():
         shared_hidden_dim=64,
         shared_gate=True,
         selection_bias=True,
-        qk_norm=True,
-        attention_bias=True,
+        qk_norm="head",
+        qkv_bias=True,
+        output_bias=True,
         tie_embeddings=False,
         init_std=0.03,
     )

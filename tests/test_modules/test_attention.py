@@ -56,7 +56,7 @@ def _rotary(*shape):
     return RotaryEmbedding(8)(torch.arange(shape[-1]))
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", [None, "head"])
 def test_grouped_heads_equal_repeated_heads(qk_norm):
     grouped = _layer(qk_norm=qk_norm)
     whole = _layer(qk_norm=qk_norm, num_kv_heads=4)
@@ -70,7 +70,7 @@ def test_grouped_heads_equal_repeated_heads(qk_norm):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_content_of_padding_cannot_matter(bias):
-    layer = _layer(qk_norm=True, bias=bias)
+    layer = _layer(qk_norm="head", qkv_bias=bias, output_bias=bias)
     if bias:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             torch.nn.init.normal_(getattr(layer, name).bias)
@@ -116,7 +116,7 @@ def test_causal():
 
 
 def test_bf16_against_float32():
-    layer = _layer(qk_norm=True)
+    layer = _layer(qk_norm="head")
     x = torch.randn(2, 33, 24)
     wanted = layer(x, _rotary(33))
     got = layer.bfloat16()(x.bfloat16(), _rotary(33))
@@ -128,7 +128,7 @@ def test_bf16_against_float32():
 @pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
 def test_cached_equals_whole(splits, masked):
-    layer = _layer(qk_norm=True)
+    layer = _layer(qk_norm="head")
     x = torch.randn(2, 12, 24)
     token_mask = torch.rand(2, 12) < 0.7 if masked else None
     cache = layer.new_cache(2, 12)
@@ -182,7 +182,7 @@ def test_equals_transformers_attention(family):
         attn_implementation="eager",
     )
     theirs = getattr(module, f"{name}Attention")(config, 0)
-    ours = _layer(qk_norm=family == "qwen3", norm_eps=config.rms_norm_eps)
+    ours = _layer(qk_norm="head" if family == "qwen3" else None, norm_eps=config.rms_norm_eps)
     for norm in (ours.q_norm, ours.k_norm):
         if norm is not None:
             torch.nn.init.normal_(norm.weight, mean=1.0, std=0.2)

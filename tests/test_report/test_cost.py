@@ -23,7 +23,7 @@ MIXED = TransformerConfig(
     expert_hidden_dim=16,
     shared_hidden_dim=20,
     shared_gate=True,
-    qk_norm=True,
+    qk_norm="head",
     tie_embeddings=False,
     max_length=32,
 )

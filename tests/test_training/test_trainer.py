@@ -303,7 +303,7 @@ def test_a_validation_text_shorter_than_a_window_is_an_error_at_once(make_model,
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_three_steps_resume_and_three_are_six(make_model, make_config, corpus, valid, tmp_path, precision):
     """Bitwise; with dropout from torch's stream, noise from numpy's and Python's, and a selection bias."""
-    model = {"dropout": 0.1, "selection_bias": True, "router_score": "sigmoid", "qk_norm": True}
+    model = {"dropout": 0.1, "selection_bias": True, "router_score": "sigmoid", "qk_norm": "head"}
     config = make_config(selection_bias_rate=0.01, precision=precision, accumulation=2)
 
     def trainer(name, seed=0, **options):

@@ -112,7 +112,7 @@ def test_automatic_precision_is_bf16_where_it_is_native(monkeypatch, machine, am
 
 
 def test_matrices_decay_and_nothing_else(make_model):
-    model = make_model(qk_norm=True, attention_bias=True, tie_embeddings=False, selection_bias=True)
+    model = make_model(qk_norm="head", qkv_bias=True, output_bias=True, tie_embeddings=False, selection_bias=True)
     model.layers[0].feed_forward.experts.gate_up_bias = nn.Parameter(torch.zeros(4, 16))
     with_decay, without = decay_groups(model)
     kinds = {name.partition("layers.0.")[2] or name for name in with_decay if not name.startswith("layers.1.")}

@@ -1,15 +1,20 @@
-"""Other people's models: coterie's experts inside transformers' models, and coterie's models inside its tools."""
+"""Other people's models, and their tools.
+
+`register_hf`: transformers' models with coterie's experts inside, and coterie's models inside transformers
+(`CoterieForCausalLM`). `from_hf`, `to_hf`: its checkpoints as coterie's models. `HubTransformer`: the Hub.
+"""
 
 from importlib import import_module
 from typing import Any
 
+from coterie.interop.hf_checkpoint import from_hf, to_hf
 from coterie.interop.hf_experts import register_hf
 from coterie.interop.hub import HubTransformer
 
 # What derives from transformers' classes, and so imports it: when it is asked for.
 _LAZY = {"CoterieConfig": "hf_model", "CoterieForCausalLM": "hf_model"}
 
-__all__ = ["CoterieConfig", "CoterieForCausalLM", "HubTransformer", "register_hf"]
+__all__ = ["CoterieConfig", "CoterieForCausalLM", "HubTransformer", "from_hf", "register_hf", "to_hf"]
 
 
 def __getattr__(name: str) -> Any:

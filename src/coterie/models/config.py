@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
+from coterie.modules.attention import QK_NORMS
 from coterie.ops import activation_is_gated
 
 MIXERS = ("attention",)
@@ -37,9 +38,16 @@ class TransformerConfig:
             router_group_score: how experts are chosen and weighted; see `coterie.ops.route_topk`.
         selection_bias: balance the experts by a bias on the choice, updated by the trainer, without a gradient
             (arXiv:2408.15664).
-        qk_norm: RMSNorm on every head's queries and keys.
-        attention_bias: biases on the attention's projections.
+        qk_norm: RMSNorm on queries and keys, "head" by head (qwen3) or over "all" heads side by side (olmoe); None:
+            none.
+        qkv_bias: biases on the attention's projections of queries, keys and values.
+        output_bias: a bias on the attention's output projection.
+        attention_scale: what scores are multiplied by; None: P^-0.5.
         rope_theta: the rotary embedding's base.
+        rotary_dim: the first channels of a head, as many as these, are turned by the rotary embedding, the others are
+            left as they are (glm4_moe); even; None: all P.
+        embedding_scale, residual_scale, logit_divisor: x = embedding_scale · embedding; x + residual_scale · layer(x);
+            logits = head(x) / logit_divisor (granitemoe).
         norm_eps: of every RMSNorm.
         tie_embeddings: the head's weight is the embedding's.
         max_length: the longest sequence the model is meant for, and the length of a cache unless told otherwise.
@@ -72,9 +80,15 @@ class TransformerConfig:
     router_top_groups: int = 1
     router_group_score: str = "max"
     selection_bias: bool = False
-    qk_norm: bool = False
-    attention_bias: bool = False
+    qk_norm: str | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    attention_scale: float | None = None
     rope_theta: float = 10000.0
+    rotary_dim: int | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     max_length: int = 2048
@@ -84,8 +98,9 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         positive = ["vocab_size", "dim", "num_layers", "num_heads", "max_length", "rope_theta", "norm_eps"]
-        positive += ["num_kv_heads"] * (self.num_kv_heads is not None)
-        positive += ["head_dim"] * (self.head_dim is not None)
+        positive += ["embedding_scale", "residual_scale", "logit_divisor"]
+        optional = ("num_kv_heads", "head_dim", "rotary_dim", "attention_scale")
+        positive += [name for name in optional if getattr(self, name) is not None]
         if "mlp" in self.feed_forwards:
             positive += ["hidden_dim"]
         if "moe" in self.feed_forwards:
@@ -120,8 +135,12 @@ class TransformerConfig:
         if self.head_dim is None and self.dim % self.num_heads:
             raise ValueError(f"num_heads must divide dim = {self.dim} unless head_dim is given, got {self.num_heads}")
         head_dim = self.head_dim or self.dim // self.num_heads
-        if head_dim % 2:
+        if self.rotary_dim is None and head_dim % 2:
             raise ValueError(f"head_dim must be even for the rotary embedding, got {head_dim}")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > head_dim):
+            raise ValueError(f"rotary_dim must be even and at most head_dim = {head_dim}, got {self.rotary_dim}")
+        if self.qk_norm not in (None, *QK_NORMS):
+            raise ValueError(f"qk_norm must be None or one of {', '.join(map(repr, QK_NORMS))}, got {self.qk_norm!r}")
 
     def _check_router(self) -> None:
         for name, accepted in (

@@ -14,7 +14,7 @@ PRESETS: dict[str, TransformerConfig] = {
         num_experts=32,
         top_k=2,
         expert_hidden_dim=128,
-        qk_norm=True,
+        qk_norm="head",
         max_length=256,
         init_std=0.06,
     ),
@@ -28,7 +28,7 @@ PRESETS: dict[str, TransformerConfig] = {
         num_experts=32,
         top_k=4,
         expert_hidden_dim=128,
-        qk_norm=True,
+        qk_norm="head",
         max_length=1024,
     ),
     # 0.97 B parameters, 149 M active: days on one GPU.
@@ -41,7 +41,7 @@ PRESETS: dict[str, TransformerConfig] = {
         num_experts=64,
         top_k=6,
         expert_hidden_dim=256,
-        qk_norm=True,
+        qk_norm="head",
         max_length=2048,
     ),
 }

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from coterie.models.cache import KVCache, token_positions
 from coterie.models.config import TransformerConfig
 from coterie.models.pretrained import load_weights, read_config, save_pretrained
+from coterie.modules._init import init_normal
 from coterie.modules.attention import Attention, AttentionCache
 from coterie.modules.gated_mlp import GatedMLP
 from coterie.modules.moe import MoE
@@ -49,6 +50,7 @@ class TransformerLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.residual_scale = config.residual_scale
         place = {"device": device, "dtype": dtype}
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps, **place)
         self.mixer = Attention(
@@ -57,7 +59,9 @@ class TransformerLayer(nn.Module):
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             qk_norm=config.qk_norm,
-            bias=config.attention_bias,
+            qkv_bias=config.qkv_bias,
+            output_bias=config.output_bias,
+            scale=config.attention_scale,
             norm_eps=config.norm_eps,
             **place,
         )
@@ -83,12 +87,14 @@ class TransformerLayer(nn.Module):
         cache_layer: AttentionCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """[B, L, D] → ([B, L, D], the routing of a MoE or None)."""
-        x = x + self.mixer(self.mixer_norm(x), rotary, token_mask=token_mask, cache_layer=cache_layer)
-        h = self.feed_forward_norm(x)
+        y = self.mixer(self.mixer_norm(x), rotary, token_mask=token_mask, cache_layer=cache_layer)
+        x = x + _scaled(y, self.residual_scale)
+        h, routing = self.feed_forward_norm(x), None
         if isinstance(self.feed_forward, MoE):
             y, routing = self.feed_forward(h, token_mask)
-            return x + y, routing
-        return x + self.feed_forward(h), None
+        else:
+            y = self.feed_forward(h)
+        return x + _scaled(y, self.residual_scale), routing
 
 
 class Transformer(nn.Module):
@@ -120,11 +126,13 @@ class Transformer(nn.Module):
         self.config = config
         # Built without memory first, so that the weights are drawn once, by the rule above, and not by every module.
         place = {"device": "meta", "dtype": dtype}
-        self.embedding = nn.Embedding(config.vocab_size, config.dim, **place)
+        # Its own constructor would draw, even there.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim, **place), freeze=False)
         self.layers = nn.ModuleList(TransformerLayer(config, i, **place) for i in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps, **place)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False, **place)
-        self.rotary = RotaryEmbedding(config.head_dim or config.dim // config.num_heads, config.rope_theta)
+        head_dim = config.head_dim or config.dim // config.num_heads
+        self.rotary = RotaryEmbedding(config.rotary_dim or head_dim, config.rope_theta)
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type != "meta":
             self.to_empty(device=device)
@@ -134,12 +142,12 @@ class Transformer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all weights anew, from the global random state."""
         std = self.config.init_std
-        nn.init.normal_(self.embedding.weight, std=std)
+        init_normal(self.embedding.weight, std)
         for layer in self.layers:
             layer.reset_parameters(std, std / (2 * self.config.num_layers) ** 0.5)
         self.norm.reset_parameters()
         if self.head is not None:
-            nn.init.normal_(self.head.weight, std=std)
+            init_normal(self.head.weight, std)
 
     def forward(
         self,
@@ -162,7 +170,7 @@ class Transformer(nn.Module):
         _check_inputs(input_ids, token_mask, cache)
         place = token_positions if cache is None else cache.positions
         rotary = self.rotary(place(input_ids, token_mask))
-        x = self.embedding(input_ids)  # [B, L, D]
+        x = _scaled(self.embedding(input_ids), self.config.embedding_scale)  # [B, L, D]
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         routings = []
         for index, layer in enumerate(self.layers):
@@ -178,6 +186,8 @@ class Transformer(nn.Module):
             x = x[:, max(x.shape[1] - num_logits, 0) :]
         x = self.norm(x)
         logits = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        if self.config.logit_divisor != 1:
+            logits = logits / self.config.logit_divisor
         return TransformerOutput(logits, tuple(routings))
 
     def moe_layers(self) -> list[MoE]:
@@ -249,6 +259,10 @@ def _moe(config: TransformerConfig, **place) -> MoE:
         recompute=config.recompute,
         **place,
     )
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x * scale
 
 
 def _check_inputs(input_ids: Tensor, token_mask: Tensor | None, cache: KVCache | None) -> None:

@@ -4,19 +4,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coterie.modules._init import init_normal
 from coterie.modules._padding import without_padding
 from coterie.modules.norm import RMSNorm
 from coterie.modules.rotary import apply_rotary
+
+QK_NORMS = ("head", "all")
 
 
 class Attention(nn.Module):
     """Every position attends to itself and to those before it.
 
     1. q, k, v = projections of x, split into H query heads and G key/value heads of width P
-    2. q, k = rotary(norm(q)), rotary(norm(k)); the norm only with `qk_norm` (as in qwen3: one weight [P] for all
-       heads)
+    2. q, k = rotary(norm(q)), rotary(norm(k)); the norm only with `qk_norm`
     3. with a cache: append k and v to it, and read back all there are so far
-    4. y[h] = softmax(q[h] · k[g]ᵀ / sqrt(P), over positions that are not later and not padding) · v[g], where H/G
+    4. y[h] = softmax(scale · q[h] · k[g]ᵀ, over positions that are not later and not padding) · v[g], where H/G
        consecutive query heads share a key/value head
     5. output projection of the heads side by side
 
@@ -24,9 +26,12 @@ class Attention(nn.Module):
         dim: D.
         num_heads: H.
         num_kv_heads: G, which divides H; None: H.
-        head_dim: P, even; None: D / H.
-        qk_norm: RMSNorm on every head's queries and keys.
-        bias: on all four projections.
+        head_dim: P; None: D / H.
+        qk_norm: RMSNorm on queries and keys: of every "head" with one weight [P] for all (qwen3), or of "all" heads
+            side by side (olmoe); None: none.
+        qkv_bias: on the projections of queries, keys and values.
+        output_bias: on the output projection.
+        scale: None: P^-0.5.
         norm_eps: of the q and k norms.
     """
 
@@ -37,8 +42,10 @@ class Attention(nn.Module):
         *,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
-        qk_norm: bool = False,
-        bias: bool = False,
+        qk_norm: str | None = None,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        scale: float | None = None,
         norm_eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -52,26 +59,31 @@ class Attention(nn.Module):
             if dim % num_heads:
                 raise ValueError(f"head_dim must be given where num_heads = {num_heads} does not divide {dim}")
             head_dim = dim // num_heads
+        if qk_norm not in (None, *QK_NORMS):
+            raise ValueError(f"qk_norm must be None or one of {', '.join(map(repr, QK_NORMS))}, got {qk_norm!r}")
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.qk_norm = qk_norm
+        self.scale = scale
         kind = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias, **kind)
-        self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias, **kind)
-        self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias, **kind)
-        self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=bias, **kind)
-        self.q_norm = RMSNorm(head_dim, norm_eps, **kind) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, norm_eps, **kind) if qk_norm else None
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=qkv_bias, **kind)
+        self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias, **kind)
+        self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias, **kind)
+        self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=output_bias, **kind)
+        heads = (num_heads, num_kv_heads) if qk_norm == "all" else (1, 1)  # that a norm is over
+        norms = [RMSNorm(count * head_dim, norm_eps, **kind) if qk_norm else None for count in heads]
+        self.q_norm, self.k_norm = norms
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02, output_std: float | None = None) -> None:
         """Weights normal(0, std), the output projection's normal(0, output_std or std), biases 0, norms 1."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            nn.init.normal_(linear.weight, std=std)
+            init_normal(linear.weight, std)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         if output_std is not None:
-            nn.init.normal_(self.o_proj.weight, std=output_std)
+            init_normal(self.o_proj.weight, output_std)
         for norm in (self.q_norm, self.k_norm):
             if norm is not None:
                 norm.reset_parameters()
@@ -108,11 +120,11 @@ class Attention(nn.Module):
         """
         if token_mask is not None:
             x = without_padding(x, token_mask)
-        queries, keys, values = (
-            projection(x).unflatten(-1, (-1, self.head_dim))  # [B, L, H or G, P]
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
+        queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.qk_norm == "all":
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in (queries, keys, values))  # [B, L, .., P]
+        if self.qk_norm == "head":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries = apply_rotary(queries, rotary).transpose(1, 2)  # [B, H, L, P]
         keys = apply_rotary(keys, rotary).transpose(1, 2)
@@ -120,12 +132,14 @@ class Attention(nn.Module):
         key_mask = token_mask
         if cache_layer is not None:
             keys, values, key_mask = cache_layer.append(keys, values, token_mask)
-        y = causal_attention(queries, keys, values, key_mask)
+        y = causal_attention(queries, keys, values, key_mask, self.scale)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
-def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """softmax(q · kᵀ / sqrt(P) + causal and padding mask) · v, by torch's scaled_dot_product_attention.
+def causal_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """softmax(scale · q · kᵀ + causal and padding mask) · v, by torch's scaled_dot_product_attention.
 
     The last query stands at the last key's position: with L = S that is the usual square, with L < S a continuation.
 
@@ -133,6 +147,7 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Te
         queries: [B, H, L, P].
         keys, values: [B, G, S, P], S ≥ L, G divides H.
         key_mask: [B, S] bool, False = padding: seen by no query; a query there gives zeros.
+        scale: None: P^-0.5.
 
     Returns:
         [B, H, L, P].
@@ -148,16 +163,16 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Te
         # One query sees all keys, so the H/G heads of a group can stand as H/G queries of one head: no mask for
         # causality, and the keys are read once a group. The decoding path; 1.6x the grouped one at S = 1000 on a CPU.
         grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[3])  # [B, G, H/G, P]
-        y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape_as(queries)
+        y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).reshape_as(queries)
     elif mask is None and num_queries == num_keys:
         grouped = queries.shape[1] != keys.shape[1]
-        y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
     else:
         causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=queries.device)
         causal = causal.tril(num_keys - num_queries)
         mask = causal if mask is None else mask & causal
         grouped = queries.shape[1] != keys.shape[1]
-        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return y if key_mask is None else y.masked_fill(~query_mask, 0)
 
 

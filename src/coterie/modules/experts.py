@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from coterie.modules._init import init_normal
 from coterie.ops.activations import activation_is_gated
 from coterie.ops.expert_mlp import expert_mlp
 from coterie.ops.routing import Routing
@@ -49,8 +50,8 @@ class Experts(nn.Module):
 
     def reset_parameters(self, std: float = 0.02, down_std: float | None = None) -> None:
         """Normal weights of deviation `std` (`down_std` for down_proj), zero biases."""
-        nn.init.normal_(self.gate_up_proj, std=std)
-        nn.init.normal_(self.down_proj, std=std if down_std is None else down_std)
+        init_normal(self.gate_up_proj, std)
+        init_normal(self.down_proj, std if down_std is None else down_std)
         for bias in (self.gate_up_bias, self.down_bias):
             if bias is not None:
                 nn.init.zeros_(bias)

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from coterie.modules._init import init_normal
 from coterie.ops.activations import activation_is_gated, apply_activation
 
 
@@ -31,8 +32,8 @@ class GatedMLP(nn.Module):
 
     def reset_parameters(self, std: float = 0.02, down_std: float | None = None) -> None:
         """Normal weights of deviation `std` (`down_std` for down_proj), zero biases."""
-        nn.init.normal_(self.gate_up_proj.weight, std=std)
-        nn.init.normal_(self.down_proj.weight, std=std if down_std is None else down_std)
+        init_normal(self.gate_up_proj.weight, std)
+        init_normal(self.down_proj.weight, std if down_std is None else down_std)
         for layer in (self.gate_up_proj, self.down_proj):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from coterie.modules._init import init_normal
 from coterie.modules._padding import without_padding
 from coterie.modules.experts import Experts
 from coterie.modules.gated_mlp import GatedMLP
@@ -70,7 +71,7 @@ class MoE(nn.Module):
         )
         self.shared_gate = nn.Linear(dim, 1, bias=False, **place) if shared_gate else None
         if self.shared_gate is not None:
-            nn.init.normal_(self.shared_gate.weight, std=0.02)
+            init_normal(self.shared_gate.weight, 0.02)
 
     def reset_parameters(self, std: float = 0.02, down_std: float | None = None) -> None:
         """Normal weights of deviation `std` (`down_std` for every down_proj), zero biases."""
@@ -79,7 +80,7 @@ class MoE(nn.Module):
         if self.shared_expert is not None:
             self.shared_expert.reset_parameters(std, down_std)
         if self.shared_gate is not None:
-            nn.init.normal_(self.shared_gate.weight, std=std)
+            init_normal(self.shared_gate.weight, std)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
         if token_mask is not None:

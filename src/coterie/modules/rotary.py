@@ -14,7 +14,7 @@ class RotaryEmbedding(nn.Module):
     It has no buffers, so a model built on the meta device has nothing here to fill in, and no longest length.
 
     Args:
-        head_dim: P, even.
+        head_dim: P, even; of a partial rotation, the channels of a head that turn.
         theta: the base; the slowest pair turns once in about 2π·theta positions.
     """
 
@@ -44,8 +44,11 @@ def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
     Args:
         x: [B, L, H, P].
-        rotary: (cos, sin), each [L, P/2] or, with positions of each sequence's own, [B, L, P/2].
+        rotary: (cos, sin), each [L, R/2] or, with positions of each sequence's own, [B, L, R/2]; R ≤ P is the rotary
+            width, and channels from R on are left as they are.
     """
-    cos, sin = (part.unsqueeze(-2) for part in rotary)  # [.., L, 1, P/2]
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    cos, sin = (part.unsqueeze(-2) for part in rotary)  # [.., L, 1, R/2]
+    half = cos.shape[-1]
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coterie.modules._init import init_normal
 from coterie.modules._padding import without_padding
 from coterie.ops.balance import selection_bias_update
 from coterie.ops.routing import Routing, route_topk
@@ -65,7 +66,7 @@ class TopKRouter(nn.Module):
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """A normal weight of deviation `std`, zero biases."""
-        nn.init.normal_(self.weight, std=std)
+        init_normal(self.weight, std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         if self.selection_bias is not None:

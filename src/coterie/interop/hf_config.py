@@ -1,0 +1,194 @@
+"""transformers' configs as coterie's, and back: exactly, or not at all."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
+
+from coterie.interop.hf_families import FAMILIES, Family
+from coterie.models.config import TransformerConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# transformers' activations and coterie's gated ones.
+ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "relu": "reglu"}
+
+
+def family_of(model_type: str | None) -> Family:
+    """The family of a transformers model type; ValueError names those there are, or why it is not served."""
+    if model_type not in FAMILIES:
+        served = ", ".join(name for name, family in FAMILIES.items() if not family.refusal)
+        raise ValueError(f"coterie has no table for the model type {model_type!r}; it has {served}")
+    family = FAMILIES[model_type]
+    if family.refusal:
+        raise ValueError(f"{model_type} needs {family.refusal}")
+    return family
+
+
+def config_from_hf(hf_config: "PreTrainedConfig") -> TransformerConfig:
+    """coterie's config of a transformers config.
+
+    Raises:
+        ValueError: a model type without a table, or a feature that coterie does not have; it is named.
+    """
+    family = family_of(hf_config.model_type)
+    for name, accepted in family.theirs.items():
+        if (value := getattr(hf_config, name, None)) not in accepted:
+            raise ValueError(f"coterie has no equivalent of {family.model_type}'s {name} = {value!r}")
+    if quantization := getattr(hf_config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise ValueError(f"the weights are quantized ({method}): coterie loads those of 16 bits and more")
+    if (activation := hf_config.hidden_act) not in ACTIVATIONS:
+        raise ValueError(f"coterie has no equivalent of the activation hidden_act = {activation!r}")
+
+    ours = {**family.ours, "activation": ACTIVATIONS[activation]}
+    for theirs, names in family.fields.items():
+        if (value := getattr(hf_config, theirs, None)) is not None:
+            ours |= dict.fromkeys(_several(names), value)
+    if family.optional_qk_norm:
+        ours["qk_norm"] = "head" if hf_config.use_qk_norm else None
+    if family.shared:
+        ours["shared_hidden_dim"] = getattr(hf_config, family.shared) * hf_config.moe_intermediate_size
+    ours |= _rotary(family, hf_config, ours["head_dim"] if ours.get("head_dim") else ours["dim"] // ours["num_heads"])
+    ours["feed_forwards"] = _shortest_pattern(_feed_forwards(family, hf_config))
+    if "mlp" in ours["feed_forwards"]:
+        ours["hidden_dim"] = hf_config.intermediate_size
+    if family.feed_forwards != "mlp" and "moe" not in ours["feed_forwards"]:
+        raise ValueError(f"the {family.model_type} has no sparse layer: it is dense whatever its experts' settings")
+    return TransformerConfig(**ours)
+
+
+def config_to_hf(config: TransformerConfig, family: Family) -> dict[str, Any]:
+    """The fields of a transformers config of that family which say the same as coterie's.
+
+    Raises:
+        ValueError: the family has no equivalent for a field; it is named.
+    """
+    if problems := differences(config, family):
+        raise ValueError(f"transformers' {family.model_type} has no equivalent of this model's {'; '.join(problems)}")
+    head_dim = config.head_dim or config.dim // config.num_heads
+    theirs: dict[str, Any] = {"hidden_act": _their_activation(config.activation)}
+    for name, names in family.fields.items():
+        theirs[name] = getattr(config, _several(names)[0])
+    theirs |= {name: accepted[0] for name, accepted in family.theirs.items()}
+    theirs |= {"num_key_value_heads": config.num_kv_heads or config.num_heads}
+    if "head_dim" in theirs:
+        theirs["head_dim"] = head_dim
+    if "attention_multiplier" in theirs:
+        theirs["attention_multiplier"] = config.attention_scale or head_dim**-0.5
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if family.partial_rotary:
+        rope["partial_rotary_factor"] = (config.rotary_dim or head_dim) / head_dim
+    theirs["rope_parameters"] = rope
+    if family.optional_qk_norm:
+        theirs["use_qk_norm"] = config.qk_norm == "head"
+    if family.shared:
+        theirs[family.shared] = config.shared_hidden_dim // config.expert_hidden_dim
+    dense = [index for index, kind in enumerate(config.layer_feed_forwards) if kind == "mlp"]
+    if dense:
+        theirs["intermediate_size"] = config.hidden_dim
+    if family.feed_forwards == "step":
+        theirs |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    elif family.feed_forwards == "first":
+        theirs["first_k_dense_replace"] = len(dense)
+    return theirs
+
+
+def differences(config: TransformerConfig, family: Family) -> list[str]:
+    """What of a config a family does not say, each as "field = value (there ...)"."""
+    if family.refusal:
+        return [f"attention ({family.model_type} has {family.refusal})"]
+    problems = []
+    said = {name for names in family.fields.values() for name in _several(names)}
+    said |= {"activation", "rope_theta", "feed_forwards", "hidden_dim", "mixers"}
+    said |= {"rotary_dim"} if family.partial_rotary else set()
+    said |= {"qk_norm"} if family.optional_qk_norm else set()
+    said |= {"shared_hidden_dim"} if family.shared else set()
+    for one in fields(TransformerConfig):
+        value = getattr(config, one.name)
+        wanted = family.ours.get(one.name, one.default)
+        if one.name in said or wanted is MISSING or value == wanted or _says_nothing(config, one.name):
+            continue
+        problems.append(f"{one.name} = {value!r} (there it is {wanted!r})")
+    for names in family.fields.values():
+        names = _several(names)
+        if len({getattr(config, name) for name in names}) > 1:
+            problems.append(
+                " and ".join(f"{name} = {getattr(config, name)!r}" for name in names) + " (there they agree)"
+            )
+    if _their_activation(config.activation) is None:
+        problems.append(f"activation = {config.activation!r} (there it is one of {', '.join(ACTIVATIONS.values())})")
+    if family.optional_qk_norm and config.qk_norm not in (None, "head"):
+        problems.append(f"qk_norm = {config.qk_norm!r} (there it is None or 'head')")
+    if family.shared and config.shared_hidden_dim % max(config.expert_hidden_dim, 1):
+        width = config.expert_hidden_dim
+        problems.append(f"shared_hidden_dim = {config.shared_hidden_dim} (there it is a multiple of {width})")
+    problems += _pattern_problems(config, family)
+    return problems
+
+
+def _says_nothing(config: TransformerConfig, name: str) -> bool:
+    """Whether a field has no effect, so that a family need not say it."""
+    if name in ("router_groups", "router_top_groups", "router_group_score"):
+        return config.router_groups == 1 or config.router_groups == config.router_top_groups
+    if name.startswith("router_") or name in ("num_experts", "top_k", "expert_hidden_dim", "selection_bias"):
+        return "moe" not in config.feed_forwards
+    if name == "shared_gate":
+        return not config.shared_hidden_dim
+    head_dim = config.dim // config.num_heads
+    if name == "head_dim":
+        return config.head_dim == head_dim
+    if name == "rotary_dim":
+        return config.rotary_dim == (config.head_dim or head_dim)
+    return name == "recompute"
+
+
+def _pattern_problems(config: TransformerConfig, family: Family) -> list[str]:
+    kinds = config.layer_feed_forwards
+    wanted = None
+    if family.feed_forwards in ("mlp", "moe") and set(kinds) != {family.feed_forwards}:
+        wanted = f"all {family.feed_forwards!r}"
+    elif family.feed_forwards != "mlp" and "moe" not in kinds:
+        wanted = "'moe' at least once"
+    elif family.feed_forwards == "first" and "mlp" in kinds[kinds.index("moe") :]:
+        wanted = "'mlp' in the first layers only"
+    return [f"feed_forwards = {config.feed_forwards} (there they are {wanted})"] if wanted else []
+
+
+def _rotary(family: Family, hf_config: "PreTrainedConfig", head_dim: int) -> dict[str, Any]:
+    rope = dict(hf_config.rope_parameters or {})
+    kind = rope.pop("rope_type", "default")
+    factor = rope.pop("partial_rotary_factor", None) or 1.0
+    if kind != "default":
+        raise ValueError(f"coterie has no equivalent of the rotary embedding's scaling, rope_type = {kind!r}")
+    if "rope_theta" not in rope:
+        raise ValueError("the config has no rope_theta in its rope_parameters")
+    theta = rope.pop("rope_theta")
+    if factor != 1.0 and not family.partial_rotary:
+        raise ValueError(f"{family.model_type} has no partial_rotary_factor, got {factor}")
+    return {"rope_theta": theta} | ({"rotary_dim": int(head_dim * factor)} if factor != 1.0 else {})
+
+
+def _feed_forwards(family: Family, hf_config: "PreTrainedConfig") -> tuple[str, ...]:
+    """ "mlp" or "moe", for every layer."""
+    layers = range(hf_config.num_hidden_layers)
+    if family.feed_forwards == "step":
+        step, dense = hf_config.decoder_sparse_step, hf_config.mlp_only_layers or ()
+        return tuple("mlp" if i in dense or (i + 1) % step else "moe" for i in layers)
+    if family.feed_forwards == "first":
+        return tuple("mlp" if i < hf_config.first_k_dense_replace else "moe" for i in layers)
+    return (family.feed_forwards,) * len(layers)
+
+
+def _shortest_pattern(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """The shortest tuple which repeated gives `kinds`."""
+    lengths = (n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0)
+    return next(kinds[:n] for n in lengths if kinds[:n] * (len(kinds) // n) == kinds)
+
+
+def _several(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _their_activation(ours: str) -> str | None:
+    return next((theirs for theirs, name in ACTIVATIONS.items() if name == ours), None)

@@ -1,0 +1,439 @@
+"""transformers' checkpoints in coterie's Transformer: its logits, gradients and tokens; files come back equal."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+transformers = pytest.importorskip("transformers")
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+from _check import relative_error  # noqa: E402
+from coterie.interop import from_hf, to_hf  # noqa: E402
+from coterie.interop.hf_checkpoint import _places  # noqa: E402
+from coterie.interop.hf_families import FAMILIES  # noqa: E402
+from coterie.models import Transformer, TransformerConfig, generate  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+SHAPE = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+QWEN_MOE = {"moe_intermediate_size": 12, "intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 3}
+GLM = {
+    "moe_intermediate_size": 12,
+    "intermediate_size": 40,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "head_dim": 16,
+}
+# name: (model type, settings); every option of a family's table stands in one of them.
+CHECKPOINTS = {
+    "llama": ("llama", {"intermediate_size": 40}),
+    "llama, tied, biases": (
+        "llama",
+        {"intermediate_size": 40, "tie_word_embeddings": True, "attention_bias": True, "head_dim": 16},
+    ),
+    "llama, theta, gelu": (
+        "llama",
+        {
+            "intermediate_size": 40,
+            "hidden_act": "gelu_pytorch_tanh",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        },
+    ),
+    "qwen3": ("qwen3", {"intermediate_size": 40, "head_dim": 16}),
+    "mixtral": ("mixtral", {"intermediate_size": 12, "num_local_experts": 8, "num_experts_per_tok": 2}),
+    "olmoe": ("olmoe", {"intermediate_size": 12, "num_experts": 8, "num_experts_per_tok": 3}),
+    "olmoe, normalized": (
+        "olmoe",
+        {"intermediate_size": 12, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    ),
+    "qwen2_moe": ("qwen2_moe", {**QWEN_MOE, "shared_expert_intermediate_size": 20}),
+    "qwen2_moe, dense layer": (
+        "qwen2_moe",
+        {**QWEN_MOE, "shared_expert_intermediate_size": 20, "mlp_only_layers": [1], "tie_word_embeddings": True},
+    ),
+    "qwen3_moe": ("qwen3_moe", {**QWEN_MOE, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen3_moe, every second": (
+        "qwen3_moe",
+        {**QWEN_MOE, "num_hidden_layers": 4, "decoder_sparse_step": 2, "attention_bias": True},
+    ),
+    # hidden_size = 2 · moe_intermediate_size = heads · head_dim: every matrix is square.
+    "qwen3_moe, square": ("qwen3_moe", {**QWEN_MOE, "moe_intermediate_size": 16, "head_dim": 8, "num_experts": 32}),
+    "glm4_moe": ("glm4_moe", GLM),
+    "glm4_moe, groups": (
+        "glm4_moe",
+        {
+            **GLM,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "routed_scaling_factor": 2.5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+        },
+    ),
+    "granitemoe": (
+        "granitemoe",
+        {
+            "intermediate_size": 12,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 6.0,
+        },
+    ),
+}
+
+
+def make_model(name, dtype=torch.float32, **settings):
+    family, own = CHECKPOINTS[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SHAPE, **own, **settings})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if "norm" in name or name.endswith("bias"):
+                tensor.add_(0.2 * torch.randn_like(tensor))
+            elif name.endswith("gate.weight") or "router" in name:
+                tensor.normal_(std=0.5)
+    for parameter in model.parameters():  # not the buffers: transformers keeps the router's bias in float32
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model.eval()
+
+
+def load_eager(path):
+    settings = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(path, **settings).eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 60, (3, 17))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(name, **settings):
+        model = make_model(name, **settings)
+        model.save_pretrained(tmp_path / "theirs")
+        return model, tmp_path / "theirs"
+
+    return save
+
+
+# --- the same model
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_and_gradients(name, ids, saved):
+    theirs, path = saved(name)
+    ours = from_hf(path)
+    wanted, got = theirs(ids).logits, ours(ids).logits
+    assert relative_error(got, wanted) < 1e-5
+    grad = torch.randn_like(wanted)
+    wanted.backward(grad)
+    got.backward(grad)
+    # Their gradients, through the same table as the weights (theirs has stacked experts in memory).
+    family = FAMILIES[theirs.config.model_type]
+    right = {key: p.grad for key, p in theirs.named_parameters()}
+    right = transformers.core_model_loading.revert_weight_conversion(theirs, right)
+    for key, place in _places(dict(ours.named_parameters()), family.weights):
+        gradient = ours.get_parameter(place.name).grad[place.index]
+        if right[key].norm() > 1e-4:  # an expert that got no token
+            assert relative_error(gradient, right[key]) < 5e-5, key
+        else:
+            assert gradient.norm() < 1e-3, key
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "granitemoe", "glm4_moe, groups"])
+def test_left_padded_greedy_generation(name):
+    theirs = make_model(name)
+    ours = from_hf(theirs)
+    ids = torch.randint(3, 60, (3, 9))
+    token_mask = torch.arange(9) >= torch.tensor([[0], [4], [7]])
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    wanted = theirs.generate(ids, attention_mask=token_mask.long(), **settings)
+    assert torch.equal(generate(ours, ids, 12, token_mask=token_mask), wanted)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe"])
+def test_a_model_in_memory_is_copied(name, ids):
+    theirs = make_model(name)
+    wanted = theirs(ids).logits
+    ours = from_hf(theirs)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.zero_()
+    assert relative_error(ours(ids).logits, wanted) < 1e-5
+
+
+# --- files
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_files_come_back_bit_for_bit(name, saved, tmp_path, ids):
+    theirs, path = saved(name)
+    to_hf(from_hf(path), tmp_path / "again")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (path / file).read_bytes(), file
+    assert torch.equal(load_eager(tmp_path / "again")(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_model_without_a_source_finds_its_family(name, saved, tmp_path, ids):
+    """Through coterie's own format, which has no place for transformers' config."""
+    theirs, path = saved(name)
+    from_hf(path).save_pretrained(tmp_path / "ours")
+    to_hf(Transformer.from_pretrained(tmp_path / "ours"), tmp_path / "again")
+    again = load_eager(tmp_path / "again")
+    # Where two families say the same (olmoe and others do not), either is right.
+    assert again.config.model_type == theirs.config.model_type
+    assert torch.equal(again(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "granitemoe"])
+def test_shards_are_those_that_transformers_writes(name, tmp_path, ids):
+    theirs = make_model(name)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    files = sorted(path.name for path in (tmp_path / "theirs").glob("model*"))
+    assert len(files) > 3
+    ours = from_hf(tmp_path / "theirs")
+    assert relative_error(ours(ids).logits, theirs(ids).logits) < 1e-5
+    to_hf(ours, tmp_path / "again", max_shard_size="20KB")
+    assert torch.equal(load_eager(tmp_path / "again")(ids).logits, theirs(ids).logits)
+    for part in ("theirs", "again"):
+        merged = [load_file(path) for path in (tmp_path / part).glob("*.safetensors")]
+        tensors = {key: t for shard in merged for key, t in shard.items()}
+        if part == "theirs":
+            wanted = tensors
+    assert tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
+    # A later save in one file leaves none of the shards, which a reader would take for its own.
+    to_hf(ours, tmp_path / "again")
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_dtypes(saved, tmp_path):
+    _, path = saved("glm4_moe", dtype=torch.bfloat16)
+    ours = from_hf(path)
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    assert ours.layers[-1].feed_forward.router.selection_bias.dtype == torch.float32
+    to_hf(ours, tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
+    assert {p.dtype for p in from_hf(path, dtype=torch.float32).parameters()} == {torch.float32}
+    assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_stacked_experts_on_disk_are_read_too(saved, tmp_path, ids):
+    """As transformers has them in memory; square, so that only the table knows which way round they stand."""
+    theirs, path = saved("qwen3_moe, square")
+    save_file({name: t for name, t in theirs.state_dict().items()}, path / "model.safetensors")
+    assert relative_error(from_hf(path)(ids).logits, theirs(ids).logits) < 1e-5
+
+
+def test_a_changed_config_is_written(saved, tmp_path):
+    _, path = saved("qwen3_moe")
+    ours = from_hf(path)
+    ours.config = TransformerConfig.from_dict({**ours.config.to_dict(), "norm_eps": 1e-3, "router_normalize": False})
+    to_hf(ours, tmp_path / "again")
+    config = AutoConfig.from_pretrained(tmp_path / "again")
+    assert (config.rms_norm_eps, config.norm_topk_prob, config.eos_token_id) == (1e-3, False, 2)
+
+
+def test_memory_is_the_model_and_one_shard(tmp_path):
+    """The most a fresh process ever held while it loaded, over what it held before."""
+    probe = """
+import sys, torch
+from coterie.interop import from_hf
+import transformers
+from coterie.models import Transformer, TransformerConfig
+def peak(what):
+    line = next(line for line in open("/proc/self/status") if line.startswith(what))
+    return int(line.split()[1]) * 1024
+before = peak("VmRSS")
+model = from_hf(sys.argv[1])
+print(peak("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
+"""
+    config = AutoConfig.for_model(
+        "qwen3_moe", **{**SHAPE, **QWEN_MOE, "hidden_size": 512, "moe_intermediate_size": 512}
+    )
+    config.num_hidden_layers = 6
+    model = AutoModelForCausalLM.from_config(config)  # 160 MB
+    model.save_pretrained(tmp_path, max_shard_size="20MB")
+    shard = max(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    run = subprocess.run([sys.executable, "-c", probe, str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    extra, held = map(int, run.stdout.split())
+    assert held > 150e6
+    assert extra < held + shard + 15e6  # what is imported when needed
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("llama", {"mlp_bias": True}, "llama's mlp_bias = True"),
+        ("llama", {"hidden_act": "relu2"}, "activation hidden_act = 'relu2'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            "scaling, rope_type = 'linear'",
+        ),
+        ("mixtral", {"sliding_window": 8}, "mixtral's sliding_window = 8"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "qwen3's sliding_window = 8"),
+        ("olmoe", {"clip_qkv": 3.0}, "olmoe's clip_qkv = 3.0"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}, "qwen3_moe has no sparse layer"),
+    ],
+)
+def test_a_feature_without_an_equivalent_is_named(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf(make_model(name, **settings))
+
+
+def test_families_without_an_equivalent_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no table for the model type 'gpt2'; it has llama, qwen3, mixtral"):
+        from_hf(AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=2)))
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
+    with pytest.raises(ValueError, match=r"deepseek_v3 needs latent attention \(kv_lora_rank\)"):
+        from_hf(tmp_path)
+
+
+DENSE = {"vocab_size": 60, "dim": 32, "num_layers": 2, "num_heads": 4, "feed_forwards": ("mlp",), "hidden_dim": 24}
+SPARSE = {**DENSE, "feed_forwards": ("moe",), "num_experts": 8, "top_k": 2, "expert_hidden_dim": 12}
+
+
+@pytest.mark.parametrize(
+    ("config", "family", "message"),
+    [
+        ({**DENSE, "activation": "relu2"}, None, r"the closest, llama, has none of its activation = 'relu2'"),
+        ({**DENSE, "qk_norm": "all"}, None, r"has none of its qk_norm = 'all'"),
+        ({**DENSE, "residual_scale": 0.5}, "llama", r"llama has no equivalent of this model's residual_scale = 0.5"),
+        ({**SPARSE, "selection_bias": True}, "mixtral", r"mixtral .* selection_bias = True \(there it is False\)"),
+        ({**SPARSE, "feed_forwards": ("mlp", "moe")}, "mixtral", r"feed_forwards = .* all 'moe'"),
+        ({**SPARSE, "output_bias": True}, "qwen3_moe", r"qkv_bias = False and output_bias = True"),
+        ({**DENSE, "head_dim": 16}, "olmoe", r"head_dim = 16"),
+        (DENSE, "gpt2", "no table for the model type 'gpt2'"),
+        (SPARSE, "deepseek_v3", "deepseek_v3 needs latent attention"),
+    ],
+)
+def test_a_model_without_an_equivalent_is_refused_by_name(config, family, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        to_hf(Transformer(TransformerConfig(**config)), tmp_path / "out", family=family)
+    assert not (tmp_path / "out").exists()
+
+
+def _edited(path, edit):
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(GATE), f"{GATE} is missing"),
+        (lambda t: t.update({GATE: t[GATE].T.contiguous()}), rf"{GATE} has the shape \[32, 12\], the config makes it"),
+        (lambda t: t.update({GATE: t[GATE].to(torch.float8_e4m3fn)}), f"{GATE} is of torch.float8_e4m3fn"),
+        (lambda t: t.update({GATE: t[GATE].bfloat16()}), "of torch.float32 and others .* give dtype|of torch.bfloat16"),
+        (
+            lambda t: t.update({"model.layers.0.mlp.fence.weight": t[GATE] + 0}),
+            "fence.weight has no place",
+        ),
+        (
+            lambda t: t.update({"model.layers.1.mlp.experts.down_proj": torch.zeros(8, 32, 12)}),
+            "is there twice",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(edit, message, saved):
+    _, path = saved("qwen3_moe")
+    _edited(path, edit)
+    with pytest.raises(ValueError, match=message):
+        from_hf(path)
+
+
+def test_a_tied_head_may_be_there_if_it_is_the_embedding(saved, ids):
+    theirs, path = saved("qwen2_moe, dense layer")
+    embedding = "model.embed_tokens.weight"
+    _edited(path, lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
+    assert relative_error(from_hf(path)(ids).logits, theirs(ids).logits) < 1e-5
+    _edited(path, lambda t: t.update({"lm_head.weight": t[embedding] + 1}))
+    with pytest.raises(ValueError, match="weight differs from the embedding"):
+        from_hf(path)
+
+
+def test_layers_of_multi_token_prediction_are_told_not_read(saved):
+    _, path = saved("glm4_moe")
+    _edited(path, lambda t: t.update({"model.layers.3.eh_proj.weight": torch.zeros(3)}))
+    with pytest.warns(UserWarning, match=r"1 weights of layers past the last, model.layers.3.eh_proj.weight"):
+        from_hf(path)
+
+
+def test_damaged_and_foreign_folders_are_told(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder with a checkpoint"):
+        from_hf(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no config"):
+        from_hf(tmp_path / "empty")
+    _, path = saved("llama")
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        from_hf(path)
+    (path / "model.safetensors").unlink()
+    (path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is pickled"):
+        from_hf(path)
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}')
+    with pytest.raises(ValueError, match="names a file outside its folder"):
+        from_hf(path)
+    (path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a config of transformers"):
+        from_hf(path)
+    with pytest.raises(NotADirectoryError, match="path must be a folder"):
+        to_hf(Transformer(TransformerConfig(**DENSE)), path / "config.json")
+
+
+def test_a_name_is_asked_of_the_hub(saved, monkeypatch, ids):
+    theirs, path = saved("llama")
+    asked = []
+
+    def snapshot_download(name, **settings):
+        asked.append((name, settings["revision"]))
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert relative_error(from_hf("someone/a-model", revision="v1")(ids).logits, theirs(ids).logits) < 1e-5
+    assert asked == [("someone/a-model", "v1")]
+
+
+def test_without_transformers_it_says_what_to_install(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'coterie\[hf\]'"):
+        from_hf(tmp_path)
