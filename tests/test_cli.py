@@ -96,6 +96,25 @@ def test_train_compare_writes_a_run_a_report_and_a_table(compared, inputs):
     assert len(sample) > len(unseen) + 50
 
 
+def test_every_trained_model_has_a_card(compared, train, tmp_path):
+    out, _ = compared
+    for name in ("moe", "dense"):
+        card = (out / name / "README.md").read_text("utf-8")
+        total = model_cost(Transformer.from_pretrained(out / name).config, 16).total
+        assert f"| parameters | {total.params:,} |" in card
+        assert "| trained on | text.txt |" in card
+        last = json.loads((out / name / "log.jsonl").read_text().splitlines()[-1])
+        assert f"| bits per byte on unseen text | {last['valid_bpb']:.3f} |" in card
+    for name in ("moe", "dense"):
+        shutil.copytree(out / name, tmp_path / "old" / name)
+    shutil.copy(out / "run.json", tmp_path / "old")
+    (tmp_path / "old" / "dense" / "README.md").write_text("mine")
+    assert train(tmp_path / "old", "--overwrite") == 0
+    assert "| trained on |" in (tmp_path / "old" / "README.md").read_text("utf-8")
+    assert not (tmp_path / "old" / "moe" / "README.md").exists()  # with the model that it described
+    assert (tmp_path / "old" / "dense" / "README.md").read_text() == "mine"
+
+
 def test_both_contenders_saw_the_same_batches(compared):
     out, _ = compared
     runs = [(out / name / "train.json").read_text() for name in ("moe", "dense")]

@@ -17,13 +17,16 @@ MAY_IMPORT = {
     "modules": {"ops", "modules"},
     "models": {"ops", "modules", "models"},
     "training": {"ops", "modules", "models", "training"},
-    "interop": {"ops", "modules", "models", "interop"},
     "report": {"ops", "modules", "models", "report"},
+    "interop": {"ops", "modules", "models", "report", "interop"},
     "coterie": {"ops", "modules", "models"},
     "cli": ALL,
 }
 # Never at the top of a file: optional, slow, or of one platform.
-LAZY = {"triton", "coterie_kernels", "matplotlib", "transformers", "tyro", "tensorboard", "torch._dynamo"}
+LAZY = {"triton", "coterie_kernels", "matplotlib", "transformers", "huggingface_hub", "peft", "accelerate", "tyro"}
+LAZY |= {"tensorboard", "torch._dynamo"}
+# But in the one file that is about it, and is itself imported when it is needed.
+ITS_OWN_FILE = {"cli_options.py": "tyro", "hf_model.py": "transformers"}
 FILES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 
@@ -87,9 +90,8 @@ def test_imports_run_one_way(path):
             assert parts[0] in ("torch", "triton", *sys.stdlib_module_names), (
                 f"kernels need torch and triton, not {name}"
             )
-        # cli_options.py is tyro's declarations; cli.py imports the whole file when a command runs.
-        declares_tyro = path.name == "cli_options.py" and _within(name, "tyro")
-        if at_top and package != "coterie_kernels" and not declares_tyro:
+        its_own = path.name in ITS_OWN_FILE and _within(name, ITS_OWN_FILE[path.name])
+        if at_top and package != "coterie_kernels" and not its_own:
             assert not any(_within(name, lazy) for lazy in LAZY), f"import {name} inside the function that needs it"
 
 
@@ -138,8 +140,20 @@ def probes():
 
 def test_import_loads_nothing_optional(probes):
     """Beyond what `import torch` has loaded by itself."""
-    for name in probes[0]["new"]:
-        assert not any(_within(name, lazy) for lazy in LAZY), f"import coterie loads {name}"
+    _loads_nothing_optional(probes[0]["new"])
+
+
+@pytest.mark.parametrize("package", ["interop", "report", "training"])
+def test_nor_do_the_packages_that_use_it(package):
+    probe = PROBE.replace("import coterie\n", f"import coterie.{package}\n")
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _loads_nothing_optional(json.loads(done.stdout)["new"])
+
+
+def _loads_nothing_optional(modules):
+    for name in modules:
+        assert not any(_within(name, lazy) for lazy in LAZY), f"the import loads {name}"
 
 
 def test_import_takes_under_half_a_second_beyond_torch(probes):

@@ -18,6 +18,7 @@ from coterie.cli_options import Generate, Inspect, Train
 from coterie.models import PRESETS, Transformer, TransformerConfig, dense_twin, generate
 from coterie.models.pretrained import CONFIG_FILE, read_config
 from coterie.report.cost import ModelCost, format_cost, model_cost
+from coterie.report.model_card import CARD_FILE, is_own_card, write_model_card
 from coterie.report.plots import report_figure, save_figure
 from coterie.report.summary import format_summary, summarize
 from coterie.report.table import human_count
@@ -83,6 +84,7 @@ def run_train(options: Train) -> int:
     figures = summarize(costs, comparison.to_dict())
     print(format_summary(figures))
     print()
+    _write_cards(out, plan, comparison, costs)
     _write_report(out, plan, comparison, costs, figures)
     _print_sample(next(iter(models.values())), corpora["valid"], plan)
     return 0
@@ -195,6 +197,8 @@ def _begin_run(out: Path, plan: dict[str, Any]) -> None:
     for folder in _run_folders(out):
         for file in (*RUN_FILES, *REPORT_FILES):
             (folder / file).unlink(missing_ok=True)
+        if is_own_card(folder / CARD_FILE):
+            (folder / CARD_FILE).unlink()
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / RUN_FILE, plan)
 
@@ -209,6 +213,19 @@ def _train(models, config: TrainConfig, corpora, out: Path, plan, options: Train
     batches = Batches(corpora["train"], config.batch_size, config.length, seed=config.seed)
     trainer = Trainer(model, config, batches, corpora["valid"], out, **shared)
     return Comparison({name: Contender(name, model, trainer.train(progress))}, config)
+
+
+def _write_cards(out: Path, plan: dict[str, Any], comparison: Comparison, costs: dict[str, ModelCost]) -> None:
+    """A README.md beside every model, which says what it is."""
+    data = "the sources of Python's standard library" if plan["data"] is None else Path(plan["data"]).name
+    for name, contender in comparison.contenders.items():
+        facts = {
+            "trained on": data,
+            "trained by": f"coterie {plan['coterie']}: {human_count(contender.tokens[-1])} bytes",
+            "bits per byte on unseen text": f"{contender.valid_bpb[-1]:.3f}",
+        }
+        folder = out / name if len(costs) > 1 else out
+        write_model_card(folder, contender.model.config, cost=costs[name], facts=facts)
 
 
 def _write_report(

@@ -117,6 +117,17 @@ def test_what_the_config_accepts_of_groups_the_model_does():
                 Transformer(TransformerConfig(**{**SPARSE, **fields}), device="meta")
 
 
+def test_what_a_file_says_for_transformers_is_passed_over():
+    besides = {"model_type": "coterie", "architectures": ["CoterieForCausalLM"]}
+    assert TransformerConfig.from_dict({**SPARSE, **besides}) == TransformerConfig(**SPARSE)
+    theirs = {**besides, "transformers_version": "5.0.0", "use_cache": True, "dtype": "float32"}
+    assert TransformerConfig.from_dict({**SPARSE, **theirs}) == TransformerConfig(**SPARSE)
+    with pytest.raises(ValueError, match="no field 'use_cache'"):
+        TransformerConfig.from_dict({**SPARSE, **besides, "use_cache": True})
+    with pytest.raises(ValueError, match="model_type must be 'coterie', got 'llama'"):
+        TransformerConfig.from_dict({**SPARSE, "model_type": "llama"})
+
+
 def test_unknown_and_missing_fields_are_named():
     with pytest.raises(ValueError, match="no field 'num_expert'; did you mean 'num_experts'"):
         TransformerConfig.from_dict({**SPARSE, "num_expert": 4})

@@ -35,10 +35,11 @@ _PLAIN_GATES: set[Callable] = set()
 
 
 def register_hf() -> None:
-    """Make "coterie" an experts implementation of transformers; calling it again changes nothing.
+    """Make coterie known to transformers; calling it again changes nothing.
 
     After it, `from_pretrained(..., experts_implementation="coterie")` and
-    `model.set_experts_implementation("coterie")` work, in training and inference, on any device coterie has.
+    `model.set_experts_implementation("coterie")` work, in training and inference, on any device coterie has; and
+    `AutoModelForCausalLM.from_pretrained` takes the folder of a coterie model, see `CoterieForCausalLM`.
 
     Raises:
         ImportError: transformers 5 is not installed (pip install 'coterie[hf]').
@@ -46,11 +47,14 @@ def register_hf() -> None:
     try:
         from transformers.activations import ACT2FN
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+        from coterie.interop.hf_model import register_hf_model
     except ImportError as error:
         raise ImportError("register_hf needs transformers 5 or later: pip install 'coterie[hf]'") from error
     _NAMES.update({type(ACT2FN[name]): ours for name, ours in _ACTIVATIONS.items()})
     _PLAIN_GATES.add(_default_apply_gate)
     ALL_EXPERTS_FUNCTIONS.register(NAME, hf_experts_forward)
+    register_hf_model()
 
 
 def hf_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -187,13 +187,20 @@ class TransformerConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "TransformerConfig":
         """The config of `to_dict`. Fields that are left out take their defaults.
 
+        What a config.json has besides, for transformers, is passed over: model_type and architectures, and in
+        a file that transformers wrote, with its version in it, all that is its own.
+
         Raises:
-            ValueError: an unknown or a missing field, or a value out of range; it is named.
+            ValueError: an unknown or a missing field, or a value out of range; it is named. Another model_type.
             TypeError: a value of the wrong type.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"a config must be a JSON object of fields, got {type(values).__name__}")
+        if values.get("model_type", "coterie") != "coterie":
+            raise ValueError(f"model_type must be 'coterie', got {values['model_type']!r}")
         known = {field.name for field in fields(cls)}
+        foreign = values.keys() - known if "transformers_version" in values else {"model_type", "architectures"}
+        values = {name: value for name, value in values.items() if name not in foreign}
         for name in values:
             if name not in known:
                 close = difflib.get_close_matches(str(name), known, n=1)

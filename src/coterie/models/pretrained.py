@@ -3,6 +3,9 @@
 Neither file can hold code, and loading runs none: pickled weights are refused, not read. Each file is written beside
 its place and renamed into it once it is on the disk, so whatever is killed, a name leads to a whole file, old or new.
 A checksum of every tensor stands in the file's header; weights that other tools wrote are read without.
+
+The folder is one of transformers too: config.json names the class that reads it there (`coterie.interop`), and what
+that class writes is read here.
 """
 
 import json
@@ -20,6 +23,7 @@ from coterie.models.config import TransformerConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+FOR_TRANSFORMERS = {"model_type": "coterie", "architectures": ["CoterieForCausalLM"]}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -34,7 +38,7 @@ def save_pretrained(path: str | os.PathLike, config: TransformerConfig, state_di
     # "format" is what other readers of safetensors look for.
     metadata = {"format": "pt", "crc32": json.dumps({name: _checksum(t) for name, t in tensors.items()})}
     write_atomically(folder / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata=metadata))
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    text = json.dumps({**FOR_TRANSFORMERS, **config.to_dict()}, indent=2) + "\n"
     write_atomically(folder / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
 
 
@@ -78,6 +82,8 @@ def load_weights(
         hint = f" ({pickled[0]} is pickled: reading it could run any code, so it is not read)" if pickled else ""
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}{hint}")
     tensors = _read_weights(file)
+    if all(name.startswith("model.") for name in tensors):  # transformers' class has the model in `.model`
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     _check_names_and_shapes(file, tensors, model.state_dict())
     parameters = {name for name, _ in model.named_parameters()}
     placed = {

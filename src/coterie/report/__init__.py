@@ -1,6 +1,7 @@
-"""Cost, routing telemetry and plots: what a sparse model costs, how evenly it is used, and a picture of both."""
+"""What a sparse model costs, how evenly it is used, a picture of both, and the card that says so."""
 
 from coterie.report.cost import BreakEven, LayerCost, ModelCost, format_cost, model_cost, saved_for_backward
+from coterie.report.model_card import model_card, write_model_card
 from coterie.report.plots import report_figure, save_figure
 from coterie.report.summary import format_summary, summarize
 from coterie.report.table import format_table, human_bytes, human_count
@@ -19,9 +20,11 @@ __all__ = [
     "human_count",
     "load_entropy",
     "load_imbalance",
+    "model_card",
     "model_cost",
     "report_figure",
     "save_figure",
     "saved_for_backward",
     "summarize",
+    "write_model_card",
 ]
