@@ -8,6 +8,7 @@ from coterie.modules._init import init_normal
 from coterie.modules._padding import without_padding
 from coterie.modules.norm import RMSNorm
 from coterie.modules.rotary import apply_rotary
+from coterie.ops import _causal_attention_cpu
 
 QK_NORMS = ("head", "all")
 
@@ -139,7 +140,7 @@ class Attention(nn.Module):
 def causal_attention(
     queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """softmax(scale · q · kᵀ + causal and padding mask) · v, by torch's scaled_dot_product_attention.
+    """softmax(scale · q · kᵀ + causal and padding mask) · v, by torch's scaled_dot_product_attention or a faster way.
 
     The last query stands at the last key's position: with L = S that is the usual square, with L < S a continuation.
 
@@ -153,6 +154,9 @@ def causal_attention(
         [B, H, L, P].
     """
     num_queries, num_keys = queries.shape[2], keys.shape[2]
+    if num_queries > 1 and _causal_attention_cpu.is_faster(queries, keys):
+        y = _causal_attention_cpu.causal_attention(queries, keys, values, key_mask, scale)
+        return y if key_mask is None else y.masked_fill(~key_mask[:, None, num_keys - num_queries :, None], 0)
     mask = None
     if key_mask is not None:
         query_mask = key_mask[:, None, num_keys - num_queries :, None]  # [B, 1, L, 1]

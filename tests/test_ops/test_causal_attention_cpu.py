@@ -1,0 +1,100 @@
+"""Blockwise causal attention in bfloat16, wherever torch's own is slower: the formula in float64, and torch's error."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from _check import relative_error
+from coterie.ops import _causal_attention_cpu as ours
+
+SHAPES = [(2, 4, 2, 37, 37, 16, 16), (1, 6, 2, 40, 55, 8, 8), (2, 2, 2, 16, 16, 8, 12), (3, 3, 1, 2, 9, 8, 8)]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(ours, "_QUERIES", 16)
+    monkeypatch.setattr(ours, "_SCORES", 3000)  # a group or two at a time
+
+
+def formula(queries, keys, values, key_mask=None, scale=None):
+    """In float64; a query on padding sees all before it."""
+    shared, num_queries, num_keys = queries.shape[1] // keys.shape[1], queries.shape[2], keys.shape[2]
+    keys, values = (x.repeat_interleave(shared, 1) for x in (keys, values))
+    scores = queries @ keys.mT * (queries.shape[-1] ** -0.5 if scale is None else scale)
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    if key_mask is not None:
+        seen = seen & (key_mask[:, None, None, :] | ~key_mask[:, None, num_keys - num_queries :, None])
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+
+
+def inputs(shape, std=1.0):
+    batch, heads, groups, num_queries, num_keys, width, value_width = shape
+    sizes = ((heads, num_queries, width), (groups, num_keys, width), (groups, num_keys, value_width))
+    tensors = [torch.randn(batch, *size).mul_(std).bfloat16().requires_grad_() for size in sizes]
+    return tensors, torch.randn(batch, heads, num_queries, value_width).bfloat16()
+
+
+def results(function, tensors, grad, **settings):
+    y = function(*tensors, **settings)
+    return [y, *torch.autograd.grad(y, tensors, grad.to(y.dtype))]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_values_and_gradients(shape, masked, scale):
+    tensors, grad = inputs(shape)
+    key_mask = torch.rand(shape[0], shape[4]) < 0.7 if masked else None
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    wanted = results(formula, wide, grad, key_mask=key_mask, scale=scale)
+    got = results(ours.causal_attention, tensors, grad, key_mask=key_mask, scale=scale)
+    for a, b, tolerance in zip(got, wanted, (5e-3, 1e-2, 1e-2, 1e-2), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert relative_error(a, b) < tolerance
+
+
+def test_large_scores_are_no_worse_than_torch_has_them():
+    """Rounding scores of 50 to bfloat16 as they are would make weights wrong by a fifth."""
+    tensors, grad = inputs((2, 4, 2, 64, 64, 16, 16), std=4.0)
+    wanted = results(formula, [t.detach().double().requires_grad_() for t in tensors], grad)
+    torchs = results(lambda *t: F.scaled_dot_product_attention(*t, is_causal=True, enable_gqa=True), tensors, grad)
+    for got, right, theirs in zip(results(ours.causal_attention, tensors, grad), wanted, torchs, strict=True):
+        assert relative_error(got, right) < 2 * relative_error(theirs, right)
+
+
+def test_no_token_sees_a_later_one():
+    """Bitwise: not even through rounding."""
+    (queries, keys, values), _ = inputs((1, 2, 1, 40, 40, 8, 8))
+    first = ours.causal_attention(queries, keys, values)
+    with torch.no_grad():
+        keys[:, :, 23:] += 50
+        values[:, :, 23:] += 50
+    assert torch.equal(ours.causal_attention(queries, keys, values)[:, :, :23], first[:, :, :23])
+
+
+def test_sequences_do_not_depend_on_their_batch():
+    (queries, keys, values), _ = inputs((3, 2, 1, 40, 40, 8, 8))
+    whole = ours.causal_attention(queries, keys, values)
+    alone = ours.causal_attention(queries[1:2], keys[1:2], values[1:2])
+    torch.testing.assert_close(whole[1:2], alone, rtol=1e-2, atol=1e-2)
+
+
+def test_is_an_op_as_torch_wants_it():
+    tensors, _ = inputs((2, 4, 2, 21, 21, 8, 8))
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(ours._forward_op, (*tensors, None, 0.3), test_utils=tests)
+
+
+def test_strided_inputs():
+    """As attention has them: heads beside positions."""
+    (queries, keys, values), grad = inputs((2, 4, 2, 37, 37, 16, 16))
+    strided = [
+        t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (queries, keys, values)
+    ]
+    strided_grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
+    for a, b in zip(
+        results(ours.causal_attention, strided, strided_grad),
+        results(ours.causal_attention, [queries, keys, values], grad),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
