@@ -14,7 +14,7 @@ from coterie.models import (
     generate,
     preset,
 )
-from coterie.modules import Attention, Experts, GatedMLP, MoE, RMSNorm, RotaryEmbedding, TopKRouter
+from coterie.modules import Attention, Experts, GatedMLP, LatentAttention, MoE, RMSNorm, RotaryEmbedding, TopKRouter
 from coterie.ops import (
     Routing,
     balance_loss,
@@ -33,6 +33,7 @@ __all__ = [
     "Experts",
     "GatedMLP",
     "KVCache",
+    "LatentAttention",
     "MoE",
     "RMSNorm",
     "RotaryEmbedding",

@@ -41,6 +41,22 @@ GLM = {
     "num_experts_per_tok": 3,
     "head_dim": 16,
 }
+DEEPSEEK = {
+    "moe_intermediate_size": 12,
+    "intermediate_size": 40,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 10,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 7,
+    "rms_norm_eps": 1e-2,  # which the norms within the attention do not have
+}
 # name: (model type, settings); every option of a family's table stands in one of them.
 CHECKPOINTS = {
     "llama": ("llama", {"intermediate_size": 40}),
@@ -89,6 +105,30 @@ CHECKPOINTS = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
         },
     ),
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK),
+    "deepseek_v3, groups, compressed queries, biases": (
+        "deepseek_v3",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": 9,
+            "attention_bias": True,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 1.5,
+            "norm_topk_prob": False,
+        },
+    ),
+    "deepseek_v3, halves": ("deepseek_v3", {**DEEPSEEK, "rope_interleave": False, "first_k_dense_replace": 0}),
+    "deepseek_v3, wide values, biases, theta": (
+        "deepseek_v3",
+        {
+            **DEEPSEEK,
+            "attention_bias": True,
+            "v_head_dim": 20,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    ),
     "granitemoe": (
         "granitemoe",
         {
@@ -102,6 +142,8 @@ CHECKPOINTS = {
         },
     ),
 }
+GENERATED = ["llama", "qwen3_moe", "granitemoe", "glm4_moe, groups"]
+GENERATED += [name for name in CHECKPOINTS if name.startswith("deepseek_v3")]
 
 
 def make_model(name, dtype=torch.float32, **settings):
@@ -165,7 +207,7 @@ def test_logits_and_gradients(name, ids, saved):
             assert gradient.norm() < 1e-3, key
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "granitemoe", "glm4_moe, groups"])
+@pytest.mark.parametrize("name", GENERATED)
 def test_left_padded_greedy_generation(name):
     theirs = make_model(name)
     ours = from_hf(theirs)
@@ -301,6 +343,11 @@ print(peak("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
             "scaling, rope_type = 'linear'",
         ),
+        (
+            "deepseek_v3",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "mscale_all_dim": 1.0}},
+            "scaling, rope_type = 'yarn'",
+        ),
         ("mixtral", {"sliding_window": 8}, "mixtral's sliding_window = 8"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "qwen3's sliding_window = 8"),
         ("olmoe", {"clip_qkv": 3.0}, "olmoe's clip_qkv = 3.0"),
@@ -315,13 +362,14 @@ def test_a_feature_without_an_equivalent_is_named(name, settings, message):
 def test_families_without_an_equivalent_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no table for the model type 'gpt2'; it has llama, qwen3, mixtral"):
         from_hf(AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=2)))
-    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
-    with pytest.raises(ValueError, match=r"deepseek_v3 needs latent attention \(kv_lora_rank\)"):
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v2"}')
+    with pytest.raises(ValueError, match=r"no table for the model type 'deepseek_v2'"):
         from_hf(tmp_path)
 
 
 DENSE = {"vocab_size": 60, "dim": 32, "num_layers": 2, "num_heads": 4, "feed_forwards": ("mlp",), "hidden_dim": 24}
 SPARSE = {**DENSE, "feed_forwards": ("moe",), "num_experts": 8, "top_k": 2, "expert_hidden_dim": 12}
+LATENT = {**SPARSE, "mixers": ("latent_attention",), "kv_rank": 6, "rotary_dim": 4}
 
 
 @pytest.mark.parametrize(
@@ -335,7 +383,9 @@ SPARSE = {**DENSE, "feed_forwards": ("moe",), "num_experts": 8, "top_k": 2, "exp
         ({**SPARSE, "output_bias": True}, "qwen3_moe", r"qkv_bias = False and output_bias = True"),
         ({**DENSE, "head_dim": 16}, "olmoe", r"head_dim = 16"),
         (DENSE, "gpt2", "no table for the model type 'gpt2'"),
-        (SPARSE, "deepseek_v3", "deepseek_v3 needs latent attention"),
+        (SPARSE, "deepseek_v3", r"mixers = \('attention',\) \(there it is \('latent_attention',\)\)"),
+        (LATENT, "glm4_moe", r"mixers = \('latent_attention',\) .*kv_rank = 6 \(there it is 0\)"),
+        ({**DENSE, "rotary_interleaved": True}, None, r"rotary_interleaved = True \(there it is False\)"),
     ],
 )
 def test_a_model_without_an_equivalent_is_refused_by_name(config, family, message, tmp_path):

@@ -51,7 +51,9 @@ def test_a_mask_may_come_late_and_leave_again(small_model):
 @torch.no_grad()
 def test_memory_is_taken_once_and_counted(small_model, small_config):
     cache = small_model.new_cache(3, 10)
-    wanted = small_config.num_layers * 2 * (3 * small_config.num_kv_heads * 10 * small_config.head_dim) * 4
+    keys_and_values = 2 * small_config.num_kv_heads * small_config.head_dim
+    latents = small_config.kv_rank + small_config.rotary_dim
+    wanted = 3 * 10 * (2 * keys_and_values + 2 * latents) * 4  # of two layers each
     assert cache.nbytes == wanted
     places = [layer.keys.data_ptr() for layer in cache.layers]
     for _ in range(10):

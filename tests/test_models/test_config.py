@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from coterie.models import Transformer, TransformerConfig
+from coterie.modules import Attention, LatentAttention
 
 DENSE = {
     "vocab_size": 50,
@@ -21,6 +22,7 @@ SPARSE = {
     "top_k": 2,
     "expert_hidden_dim": 16,
 }
+LATENT = {"mixers": ("latent_attention",), "kv_rank": 6, "rotary_dim": 4}
 
 
 def test_json_round_trip(small_config):
@@ -39,6 +41,9 @@ def test_patterns_are_repeated_up_the_layers():
     config = TransformerConfig(**{**SPARSE, "feed_forwards": ("mlp", "moe", "moe")})
     assert config.layer_feed_forwards == ("mlp", "moe", "moe") * 2
     assert config.layer_mixers == ("attention",) * 6
+    config = TransformerConfig(**{**SPARSE, **LATENT, "mixers": ("attention", "latent_attention"), "num_kv_heads": 2})
+    model = Transformer(config, device="meta")
+    assert [type(layer.mixer) for layer in model.layers] == [Attention, LatentAttention] * 3
 
 
 def test_whole_numbers_do_for_floats_and_the_config_is_frozen():
@@ -63,7 +68,16 @@ def test_whole_numbers_do_for_floats_and_the_config_is_frozen():
         ({"feed_forwards": ("dense",)}, ValueError, "feed_forwards must be of 'mlp', 'moe', got 'dense'"),
         ({"feed_forwards": ()}, ValueError, "feed_forwards .* got 0"),
         ({"mixers": ("attention",) * 4}, ValueError, "mixers .* divide num_layers = 6, got 4"),
-        ({"mixers": ("mamba",)}, ValueError, "mixers must be of 'attention', got 'mamba'"),
+        ({"mixers": ("mamba",)}, ValueError, "mixers must be of 'attention', 'latent_attention', got 'mamba'"),
+        ({**LATENT, "kv_rank": 0}, ValueError, "kv_rank must be positive, got 0"),
+        ({"kv_rank": -1}, ValueError, "kv_rank must not be negative, got -1"),
+        ({**LATENT, "query_rank": 0}, ValueError, "query_rank must be positive, got 0"),
+        ({**LATENT, "value_dim": 0}, ValueError, "value_dim must be positive, got 0"),
+        ({**LATENT, "rotary_dim": None}, ValueError, "rotary_dim .* less than head_dim = 8 .* got None"),
+        ({**LATENT, "rotary_dim": 8}, ValueError, "rotary_dim .* less than head_dim = 8 .* got 8"),
+        ({**LATENT, "rotary_dim": 3}, ValueError, "rotary_dim must be even .* got 3"),
+        ({**LATENT, "num_kv_heads": 2}, ValueError, "num_kv_heads must be None or num_heads = 4 .* got 2"),
+        ({**LATENT, "qk_norm": "head"}, ValueError, "qk_norm must be None .* got 'head'"),
         ({"num_kv_heads": 3}, ValueError, "num_kv_heads must divide num_heads = 4, got 3"),
         ({"num_heads": 5}, ValueError, "num_heads must divide dim = 32"),
         ({"head_dim": 7}, ValueError, "head_dim must be even .* got 7"),

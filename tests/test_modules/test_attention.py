@@ -26,10 +26,11 @@ def _plain(queries, keys, values, key_mask=None):
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS)
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(7, 7), (1, 9), (3, 9), (1, 1), (70, 70)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_is_softmax_attention_values_and_gradients(num_heads, num_kv_heads, num_queries, num_keys, masked):
+@pytest.mark.parametrize("value_dim", [8, 5, 11])
+def test_is_softmax_attention_values_and_gradients(num_heads, num_kv_heads, num_queries, num_keys, masked, value_dim):
     queries = torch.randn(3, num_heads, num_queries, 8, requires_grad=True)
     keys = torch.randn(3, num_kv_heads, num_keys, 8, requires_grad=True)
-    values = torch.randn(3, num_kv_heads, num_keys, 8, requires_grad=True)
+    values = torch.randn(3, num_kv_heads, num_keys, value_dim, requires_grad=True)
     key_mask = torch.rand(3, num_keys) < 0.6 if masked else None
     got = causal_attention(queries, keys, values, key_mask)
     wanted = _plain(queries, keys, values, key_mask)
@@ -66,6 +67,17 @@ def test_grouped_heads_equal_repeated_heads(qk_norm):
     whole.load_state_dict(state)
     x = torch.randn(2, 11, 24)
     torch.testing.assert_close(grouped(x, _rotary(11)), whole(x, _rotary(11)), rtol=1e-5, atol=1e-6)
+
+
+def test_neighbouring_pairs_are_an_order_of_rows():
+    layer, other = _layer(rotary_interleaved=True), _layer()
+    order = torch.arange(8).reshape(4, 2).T.flatten()  # evens, then odds
+    state = layer.state_dict()
+    for name in ("q_proj.weight", "k_proj.weight"):
+        state[name] = state[name].unflatten(0, (-1, 8))[:, order].flatten(0, 1)
+    other.load_state_dict(state)
+    x = torch.randn(2, 11, 24)
+    torch.testing.assert_close(layer(x, _rotary(11)), other(x, _rotary(11)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [False, True])

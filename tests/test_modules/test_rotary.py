@@ -20,6 +20,15 @@ def test_is_a_rotation_of_pairs(positions):
     torch.testing.assert_close(y.double(), _by_complex_numbers(x, positions, 500.0), rtol=1e-5, atol=1e-5)
 
 
+def test_interleaved_pairs_are_neighbours():
+    x = torch.randn(2, 9, 3, 20)
+    rotary = RotaryEmbedding(16, 500.0)(torch.arange(9))
+    y = apply_rotary(x, rotary, interleaved=True)
+    order = torch.arange(16).reshape(8, 2).T.flatten()  # evens, then odds
+    assert torch.equal(y[..., order], apply_rotary(x[..., order], rotary))
+    assert torch.equal(y[..., 16:], x[..., 16:])
+
+
 def test_products_depend_on_distance_alone():
     q, k = torch.randn(1, 1, 1, 32), torch.randn(1, 1, 1, 32)
     rotary = RotaryEmbedding(32)

@@ -30,6 +30,17 @@ MIXED = TransformerConfig(
 TIED = TransformerConfig(
     vocab_size=50, dim=24, num_layers=2, num_heads=2, num_experts=4, top_k=2, expert_hidden_dim=10, max_length=32
 )
+LATENT = replace(
+    MIXED,
+    mixers=("latent_attention",),
+    num_kv_heads=None,
+    qk_norm=None,
+    head_dim=10,
+    rotary_dim=4,
+    kv_rank=7,
+    query_rank=9,
+    value_dim=5,
+)
 
 
 def rows(cost):
@@ -62,6 +73,16 @@ def test_every_figure_by_hand():
     assert (head.params, head.flops, head.weight_bytes) == (50 * 24 + 24, 2 * 50 * 24, 4 * (50 * 24 + 24))
 
 
+def test_latent_attention_by_hand():
+    mixer = rows(model_cost(LATENT, L))["layers.0.mixer"]
+    queries, latent, up, output = 24 * 9 + 9 * 4 * 10, 24 * (7 + 4), 7 * 4 * (6 + 5), 4 * 5 * 24
+    matrices = queries + latent + up + output
+    assert (mixer.kind, mixer.params) == ("latent_attention", matrices + 24 + 9 + 7)
+    assert mixer.flops == 2 * matrices + 2 * 4 * (10 + 5) * (L + 1) / 2
+    assert mixer.weight_bytes == 4 * mixer.params
+    assert mixer.cache_bytes == 4 * (7 + 4)
+
+
 def test_a_tied_head_is_read_and_multiplied_but_counted_once():
     got = rows(model_cost(TIED, L))
     assert got["embedding"].params == 50 * 24
@@ -69,7 +90,7 @@ def test_a_tied_head_is_read_and_multiplied_but_counted_once():
     assert got["head"].weight_bytes == 4 * (50 * 24 + 24)
 
 
-@pytest.mark.parametrize("config", [MIXED, TIED, dense_twin(TIED), *PRESETS.values()])
+@pytest.mark.parametrize("config", [MIXED, TIED, LATENT, dense_twin(TIED), *PRESETS.values()])
 def test_totals_are_those_of_the_model(config):
     cost = model_cost(config, 16)
     model = Transformer(config, device="meta")
@@ -100,8 +121,9 @@ def test_flops_agree_with_torchs_counter_on_a_dense_model():
         (replace(TIED, recompute=True), torch.float32),
         (dense_twin(TIED), torch.float32),
         (TIED, torch.bfloat16),
+        (LATENT, torch.float32),
     ],
-    ids=["mixed", "tied", "recompute", "dense", "bf16"],
+    ids=["mixed", "tied", "recompute", "dense", "bf16", "latent"],
 )
 def test_saved_bytes_are_those_that_a_cpu_run_keeps(config, dtype):
     model = Transformer(config, dtype=dtype)

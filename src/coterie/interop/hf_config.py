@@ -15,14 +15,10 @@ ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_ta
 
 
 def family_of(model_type: str | None) -> Family:
-    """The family of a transformers model type; ValueError names those there are, or why it is not served."""
+    """The family of a transformers model type; ValueError names those there are."""
     if model_type not in FAMILIES:
-        served = ", ".join(name for name, family in FAMILIES.items() if not family.refusal)
-        raise ValueError(f"coterie has no table for the model type {model_type!r}; it has {served}")
-    family = FAMILIES[model_type]
-    if family.refusal:
-        raise ValueError(f"{model_type} needs {family.refusal}")
-    return family
+        raise ValueError(f"coterie has no table for the model type {model_type!r}; it has {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
 
 
 def config_from_hf(hf_config: "PreTrainedConfig") -> TransformerConfig:
@@ -47,6 +43,8 @@ def config_from_hf(hf_config: "PreTrainedConfig") -> TransformerConfig:
             ours |= dict.fromkeys(_several(names), value)
     if family.optional_qk_norm:
         ours["qk_norm"] = "head" if hf_config.use_qk_norm else None
+    if family.latent:
+        ours["head_dim"] = hf_config.qk_nope_head_dim + hf_config.qk_rope_head_dim
     if family.shared:
         ours["shared_hidden_dim"] = getattr(hf_config, family.shared) * hf_config.moe_intermediate_size
     ours |= _rotary(family, hf_config, ours["head_dim"] if ours.get("head_dim") else ours["dim"] // ours["num_heads"])
@@ -76,6 +74,9 @@ def config_to_hf(config: TransformerConfig, family: Family) -> dict[str, Any]:
         theirs["head_dim"] = head_dim
     if "attention_multiplier" in theirs:
         theirs["attention_multiplier"] = config.attention_scale or head_dim**-0.5
+    if family.latent:
+        theirs["qk_nope_head_dim"] = head_dim - config.rotary_dim
+        theirs["v_head_dim"] = config.value_dim or head_dim - config.rotary_dim
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if family.partial_rotary:
         rope["partial_rotary_factor"] = (config.rotary_dim or head_dim) / head_dim
@@ -96,16 +97,16 @@ def config_to_hf(config: TransformerConfig, family: Family) -> dict[str, Any]:
 
 def differences(config: TransformerConfig, family: Family) -> list[str]:
     """What of a config a family does not say, each as "field = value (there ...)"."""
-    if family.refusal:
-        return [f"attention ({family.model_type} has {family.refusal})"]
     problems = []
     said = {name for names in family.fields.values() for name in _several(names)}
-    said |= {"activation", "rope_theta", "feed_forwards", "hidden_dim", "mixers"}
+    said |= {"activation", "rope_theta", "feed_forwards", "hidden_dim"}
     said |= {"rotary_dim"} if family.partial_rotary else set()
     said |= {"qk_norm"} if family.optional_qk_norm else set()
+    said |= {"head_dim"} if family.latent else set()
     said |= {"shared_hidden_dim"} if family.shared else set()
     for one in fields(TransformerConfig):
         value = getattr(config, one.name)
+        value = _shortest_pattern(value) if one.name == "mixers" else value
         wanted = family.ours.get(one.name, one.default)
         if one.name in said or wanted is MISSING or value == wanted or _says_nothing(config, one.name):
             continue
@@ -133,6 +134,8 @@ def _says_nothing(config: TransformerConfig, name: str) -> bool:
         return config.router_groups == 1 or config.router_groups == config.router_top_groups
     if name.startswith("router_") or name in ("num_experts", "top_k", "expert_hidden_dim", "selection_bias"):
         return "moe" not in config.feed_forwards
+    if name in ("kv_rank", "query_rank", "value_dim"):
+        return "latent_attention" not in config.mixers
     if name == "shared_gate":
         return not config.shared_hidden_dim
     head_dim = config.dim // config.num_heads

@@ -62,10 +62,11 @@ class Family:
         shared: how many expert widths the shared expert has, a field of theirs; None: `fields` has its width, if any.
         partial_rotary: rope_parameters may have a partial_rotary_factor.
         optional_qk_norm: use_qk_norm says whether queries and keys have the norm of every head.
+        latent: the attention is latent, and the width of a head is said in two parts, qk_nope_head_dim and
+            qk_rope_head_dim.
         weights: our names of weights, without layers.<i>, → theirs, without model.layers.<i>. Several: one above the
             other in ours; {e}: one an expert.
         stacked_weights: other places where the experts may stand, all in one tensor.
-        refusal: why the family is not served at all.
     """
 
     model_type: str
@@ -76,9 +77,9 @@ class Family:
     shared: str | None = None
     partial_rotary: bool = False
     optional_qk_norm: bool = False
+    latent: bool = False
     weights: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: _EXPERT_WEIGHTS)
     stacked_weights: Mapping[str, str] = field(default_factory=lambda: _STACKED_EXPERTS)
-    refusal: str | None = None
 
 
 _NO_WINDOW = {"sliding_window": (None, 0)}
@@ -219,6 +220,41 @@ FAMILIES = {
             },
             stacked_weights={},
         ),
-        Family("deepseek_v3", refusal="latent attention (kv_lora_rank), which coterie does not have"),
+        Family(
+            "deepseek_v3",
+            fields={
+                **{theirs: ours for theirs, ours in _MOE_FIELDS.items() if theirs != "head_dim"},
+                "n_routed_experts": "num_experts",
+                "norm_topk_prob": "router_normalize",
+                "routed_scaling_factor": "router_scale",
+                "n_group": "router_groups",
+                "topk_group": "router_top_groups",
+                "kv_lora_rank": "kv_rank",
+                "q_lora_rank": "query_rank",
+                "qk_rope_head_dim": "rotary_dim",
+                "v_head_dim": "value_dim",
+                "rope_interleave": "rotary_interleaved",
+                "attention_bias": ("qkv_bias", "output_bias"),
+            },
+            ours={**_SIGMOID_ROUTER, "mixers": ("latent_attention",)},
+            feed_forwards="first",
+            shared="n_shared_experts",
+            latent=True,
+            weights={
+                **_SHARED_EXPERTS,
+                **{
+                    f"mixer.{ours}.{kind}": f"self_attn.{theirs}.{kind}"
+                    for ours, theirs in (
+                        ("q_a_proj", "q_a_proj"),
+                        ("q_norm", "q_a_layernorm"),
+                        ("q_b_proj", "q_b_proj"),
+                        ("kv_a_proj", "kv_a_proj_with_mqa"),
+                        ("kv_norm", "kv_a_layernorm"),
+                        ("kv_b_proj", "kv_b_proj"),
+                    )
+                    for kind in ("weight", "bias")
+                },
+            },
+        ),
     )
 }

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from coterie.modules.attention import QK_NORMS
 from coterie.ops import activation_is_gated
 
-MIXERS = ("attention",)
+MIXERS = ("attention", "latent_attention")
 FEED_FORWARDS = ("mlp", "moe")
 
 
@@ -24,8 +24,8 @@ class TransformerConfig:
         num_heads: H, query heads.
         num_kv_heads: G, key/value heads, which divides H; None: H.
         head_dim: P, even; None: D / H.
-        mixers: what mixes positions in each layer: "attention". A pattern: repeated up the layers, so its length must
-            divide num_layers.
+        mixers: what mixes positions in each layer: "attention" or "latent_attention" (deepseek_v3). A pattern: repeated
+            up the layers, so its length must divide num_layers.
         feed_forwards: the feed-forward of each layer, "mlp" or "moe"; a pattern too: ("mlp", "moe") alternates.
         hidden_dim: width of every "mlp"; 0 if there is none.
         activation: of all feed-forwards; see `coterie.ops.apply_activation`.
@@ -38,17 +38,23 @@ class TransformerConfig:
             router_group_score: how experts are chosen and weighted; see `coterie.ops.route_topk`.
         selection_bias: balance the experts by a bias on the choice, updated by the trainer, without a gradient
             (arXiv:2408.15664).
+        kv_rank: width of the latent that "latent_attention" makes keys and values from; 0 if there is none.
+        query_rank: width that "latent_attention" compresses queries to; None: it does not.
+        value_dim: V, the width of a head's values in "latent_attention"; None: head_dim - rotary_dim.
         qk_norm: RMSNorm on queries and keys, "head" by head (qwen3) or over "all" heads side by side (olmoe); None:
-            none.
-        qkv_bias: biases on the attention's projections of queries, keys and values.
+            none. Of "attention" alone, as num_kv_heads is.
+        qkv_bias: biases on the attention's projections of queries, keys and values; of "latent_attention", on those
+            that compress.
         output_bias: a bias on the attention's output projection.
         attention_scale: what scores are multiplied by; None: P^-0.5.
         rope_theta: the rotary embedding's base.
         rotary_dim: the first channels of a head, as many as these, are turned by the rotary embedding, the others are
-            left as they are (glm4_moe); even; None: all P.
+            left as they are (glm4_moe); even; None: all P. Of "latent_attention" the last channels, and not all.
+        rotary_interleaved: the rotary embedding turns pairs of neighbouring channels (deepseek_v3), not those half of
+            its width apart.
         embedding_scale, residual_scale, logit_divisor: x = embedding_scale · embedding; x + residual_scale · layer(x);
             logits = head(x) / logit_divisor (granitemoe).
-        norm_eps: of every RMSNorm.
+        norm_eps: of every RMSNorm but those within "latent_attention", which have 1e-6 as DeepSeek's.
         tie_embeddings: the head's weight is the embedding's.
         max_length: the longest sequence the model is meant for, and the length of a cache unless told otherwise.
             Nothing stops a longer one: the rotary embedding goes on, the quality does not.
@@ -80,12 +86,16 @@ class TransformerConfig:
     router_top_groups: int = 1
     router_group_score: str = "max"
     selection_bias: bool = False
+    kv_rank: int = 0
+    query_rank: int | None = None
+    value_dim: int | None = None
     qk_norm: str | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     attention_scale: float | None = None
     rope_theta: float = 10000.0
     rotary_dim: int | None = None
+    rotary_interleaved: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
@@ -99,8 +109,10 @@ class TransformerConfig:
         check_fields(self)
         positive = ["vocab_size", "dim", "num_layers", "num_heads", "max_length", "rope_theta", "norm_eps"]
         positive += ["embedding_scale", "residual_scale", "logit_divisor"]
-        optional = ("num_kv_heads", "head_dim", "rotary_dim", "attention_scale")
+        optional = ("num_kv_heads", "head_dim", "query_rank", "value_dim", "rotary_dim", "attention_scale")
         positive += [name for name in optional if getattr(self, name) is not None]
+        if "latent_attention" in self.mixers:
+            positive += ["kv_rank"]
         if "mlp" in self.feed_forwards:
             positive += ["hidden_dim"]
         if "moe" in self.feed_forwards:
@@ -108,7 +120,8 @@ class TransformerConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("hidden_dim", "num_experts", "top_k", "expert_hidden_dim", "shared_hidden_dim", "init_std"):
+        widths = ("kv_rank", "hidden_dim", "expert_hidden_dim", "shared_hidden_dim")
+        for name in (*widths, "num_experts", "top_k", "init_std"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         self._check_patterns()
@@ -141,6 +154,19 @@ class TransformerConfig:
             raise ValueError(f"rotary_dim must be even and at most head_dim = {head_dim}, got {self.rotary_dim}")
         if self.qk_norm not in (None, *QK_NORMS):
             raise ValueError(f"qk_norm must be None or one of {', '.join(map(repr, QK_NORMS))}, got {self.qk_norm!r}")
+        if "latent_attention" in self.mixers and (self.rotary_dim is None or self.rotary_dim == head_dim):
+            raise ValueError(
+                f"rotary_dim must be given and less than head_dim = {head_dim} for 'latent_attention', "
+                f"got {self.rotary_dim}"
+            )
+        if "attention" not in self.mixers:
+            if self.num_kv_heads not in (None, self.num_heads):
+                raise ValueError(
+                    f"num_kv_heads must be None or num_heads = {self.num_heads} where all mixers are "
+                    f"'latent_attention', got {self.num_kv_heads}"
+                )
+            if self.qk_norm is not None:
+                raise ValueError(f"qk_norm must be None where all mixers are 'latent_attention', got {self.qk_norm!r}")
 
     def _check_router(self) -> None:
         for name, accepted in (

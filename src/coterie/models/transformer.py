@@ -14,6 +14,7 @@ from coterie.models.pretrained import load_weights, read_config, save_pretrained
 from coterie.modules._init import init_normal
 from coterie.modules.attention import Attention, AttentionCache
 from coterie.modules.gated_mlp import GatedMLP
+from coterie.modules.latent_attention import LatentAttention
 from coterie.modules.moe import MoE
 from coterie.modules.norm import RMSNorm
 from coterie.modules.rotary import RotaryEmbedding
@@ -53,18 +54,11 @@ class TransformerLayer(nn.Module):
         self.residual_scale = config.residual_scale
         place = {"device": device, "dtype": dtype}
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps, **place)
-        self.mixer = Attention(
-            config.dim,
-            config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            qk_norm=config.qk_norm,
-            qkv_bias=config.qkv_bias,
-            output_bias=config.output_bias,
-            scale=config.attention_scale,
-            norm_eps=config.norm_eps,
-            **place,
-        )
+        self.mixer: Attention | LatentAttention
+        if config.layer_mixers[index] == "attention":
+            self.mixer = _attention(config, **place)
+        else:
+            self.mixer = _latent_attention(config, **place)
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps, **place)
         self.feed_forward: MoE | GatedMLP
         if config.layer_feed_forwards[index] == "moe":
@@ -230,6 +224,39 @@ class Transformer(nn.Module):
         model = cls(read_config(path), device="meta")
         load_weights(path, model, device=device, dtype=dtype)
         return model
+
+
+def _attention(config: TransformerConfig, **place) -> Attention:
+    return Attention(
+        config.dim,
+        config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        qk_norm=config.qk_norm,
+        qkv_bias=config.qkv_bias,
+        output_bias=config.output_bias,
+        scale=config.attention_scale,
+        rotary_interleaved=config.rotary_interleaved,
+        norm_eps=config.norm_eps,
+        **place,
+    )
+
+
+def _latent_attention(config: TransformerConfig, **place) -> LatentAttention:
+    return LatentAttention(
+        config.dim,
+        config.num_heads,
+        head_dim=config.head_dim or config.dim // config.num_heads,
+        rotary_dim=config.rotary_dim,
+        kv_rank=config.kv_rank,
+        query_rank=config.query_rank,
+        value_dim=config.value_dim,
+        qkv_bias=config.qkv_bias,
+        output_bias=config.output_bias,
+        scale=config.attention_scale,
+        rotary_interleaved=config.rotary_interleaved,
+        **place,
+    )
 
 
 def _moe(config: TransformerConfig, **place) -> MoE:

@@ -33,6 +33,7 @@ class Attention(nn.Module):
         qkv_bias: on the projections of queries, keys and values.
         output_bias: on the output projection.
         scale: None: P^-0.5.
+        rotary_interleaved: the rotary embedding turns pairs of neighbouring channels.
         norm_eps: of the q and k norms.
     """
 
@@ -47,6 +48,7 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         output_bias: bool = False,
         scale: float | None = None,
+        rotary_interleaved: bool = False,
         norm_eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -67,6 +69,7 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.qk_norm = qk_norm
         self.scale = scale
+        self.rotary_interleaved = rotary_interleaved
         kind = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=qkv_bias, **kind)
         self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias, **kind)
@@ -127,8 +130,8 @@ class Attention(nn.Module):
         queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in (queries, keys, values))  # [B, L, .., P]
         if self.qk_norm == "head":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries = apply_rotary(queries, rotary).transpose(1, 2)  # [B, H, L, P]
-        keys = apply_rotary(keys, rotary).transpose(1, 2)
+        queries = apply_rotary(queries, rotary, self.rotary_interleaved).transpose(1, 2)  # [B, H, L, P]
+        keys = apply_rotary(keys, rotary, self.rotary_interleaved).transpose(1, 2)
         values = values.transpose(1, 2)
         key_mask = token_mask
         if cache_layer is not None:
@@ -146,17 +149,21 @@ def causal_attention(
 
     Args:
         queries: [B, H, L, P].
-        keys, values: [B, G, S, P], S ≥ L, G divides H.
+        keys: [B, G, S, P], S ≥ L, G divides H.
+        values: [B, G, S, V].
         key_mask: [B, S] bool, False = padding: seen by no query; a query there gives zeros.
         scale: None: P^-0.5.
 
     Returns:
-        [B, H, L, P].
+        [B, H, L, V].
     """
     num_queries, num_keys = queries.shape[2], keys.shape[2]
     if num_queries > 1 and _causal_attention_cpu.is_faster(queries, keys):
         y = _causal_attention_cpu.causal_attention(queries, keys, values, key_mask, scale)
         return y if key_mask is None else y.masked_fill(~key_mask[:, None, num_keys - num_queries :, None], 0)
+    value_dim, missing = values.shape[3], queries.shape[3] - values.shape[3]
+    if missing > 0:  # without equal widths torch falls back to what keeps all L × S scores for backward
+        values = F.pad(values, (0, missing))
     mask = None
     if key_mask is not None:
         query_mask = key_mask[:, None, num_keys - num_queries :, None]  # [B, 1, L, 1]
@@ -167,7 +174,8 @@ def causal_attention(
         # One query sees all keys, so the H/G heads of a group can stand as H/G queries of one head: no mask for
         # causality, and the keys are read once a group. The decoding path; 1.6x the grouped one at S = 1000 on a CPU.
         grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[3])  # [B, G, H/G, P]
-        y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).reshape_as(queries)
+        y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+        y = y.reshape(*queries.shape[:3], -1)
     elif mask is None and num_queries == num_keys:
         grouped = queries.shape[1] != keys.shape[1]
         y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
@@ -177,14 +185,20 @@ def causal_attention(
         mask = causal if mask is None else mask & causal
         grouped = queries.shape[1] != keys.shape[1]
         y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    y = y[..., :value_dim]
     return y if key_mask is None else y.masked_fill(~query_mask, 0)
 
 
 class AttentionCache:
     """One attention layer's keys and values, in memory that is taken once; of use under `torch.no_grad()`.
 
+    Args:
+        batch_size, num_kv_heads, max_length, head_dim: B, G, positions to make room for, P.
+        value_dim: V; None: P. 0 where values are channels of the keys, as in latent attention.
+
     Attributes:
-        keys, values: [B, G, max_length, P]; the first `length` positions are filled.
+        keys: [B, G, max_length, P]; the first `length` positions are filled.
+        values: [B, G, max_length, V], likewise.
         token_mask: [B, max_length] bool, or None as long as nothing appended was masked.
         length: positions filled.
     """
@@ -196,14 +210,15 @@ class AttentionCache:
         max_length: int,
         head_dim: int,
         *,
+        value_dim: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"a cache needs batch_size and max_length ≥ 1, got {batch_size} and {max_length}")
-        shape = (batch_size, num_kv_heads, max_length, head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        shape = (batch_size, num_kv_heads, max_length)
+        self.keys = torch.empty(*shape, head_dim, device=device, dtype=dtype)
+        self.values = torch.empty(*shape, head_dim if value_dim is None else value_dim, device=device, dtype=dtype)
         self.token_mask: Tensor | None = None
         self.length = 0
 
@@ -222,11 +237,12 @@ class AttentionCache:
         """Add L positions; get views of all so far.
 
         Args:
-            keys, values: [B, G, L, P]; cast to the cache's dtype.
+            keys, values: [B, G, L, P] and [B, G, L, V]; cast to the cache's dtype.
             token_mask: [B, L] bool; None: no padding among them.
 
         Returns:
-            keys and values [B, G, length, P] in the dtype they came in, and token_mask [B, length] or None.
+            keys [B, G, length, P] and values [B, G, length, V] in the dtype they came in, and token_mask [B, length] or
+            None.
         """
         batch_size, _, added, _ = keys.shape
         start, end = self.length, self.length + added

@@ -1,7 +1,7 @@
-"""Rotary position embedding (Su et al., arXiv:2104.09864), in the "rotate half" layout of Hugging Face's llama.
+"""Rotary position embedding (Su et al., arXiv:2104.09864).
 
-Channel i of a head is paired with channel i + P/2, and the pair is turned by the angle position · theta^(-2i/P). (The
-paper pairs neighbours, 2i and 2i + 1: a checkpoint in that layout needs its query and key rows permuted.)
+Pair i of a head's channels is turned by the angle position · theta^(-2i/P). It is channels i and i + P/2, as in Hugging
+Face's llama, or, interleaved, the neighbours 2i and 2i + 1, as in the paper and in DeepSeek's checkpoints.
 """
 
 import torch
@@ -39,16 +39,19 @@ class RotaryEmbedding(nn.Module):
         return f"{self.head_dim}, theta={self.theta}"
 
 
-def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
     """Turn every pair of every head: [B, L, H, P] → the same, in x's dtype, worked out in float32 or better.
 
     Args:
         x: [B, L, H, P].
         rotary: (cos, sin), each [L, R/2] or, with positions of each sequence's own, [B, L, R/2]; R ≤ P is the rotary
             width, and channels from R on are left as they are.
+        interleaved: a pair is two neighbouring channels.
     """
     cos, sin = (part.unsqueeze(-2) for part in rotary)  # [.., L, 1, R/2]
     half = cos.shape[-1]
-    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    pairs, rest = x.split((2 * half, x.shape[-1] - 2 * half), dim=-1)
+    shape, axis = ((half, 2), -1) if interleaved else ((2, half), -2)
+    first, second = pairs.unflatten(-1, shape).unbind(axis)
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), axis).flatten(-2).to(x.dtype)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

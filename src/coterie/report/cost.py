@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coterie.models import Transformer, TransformerConfig
 from coterie.modules.attention import Attention
+from coterie.modules.latent_attention import LatentAttention
 from coterie.modules.moe import MoE
 from coterie.modules.router import TopKRouter
 from coterie.report.table import format_table, human_bytes, human_count
@@ -27,7 +28,7 @@ class LayerCost:
 
     Attributes:
         name: "embedding", "layers.3.mixer", "layers.3.feed_forward", "head", or "total".
-        kind: what stands there: "attention", "moe", "mlp", "embedding", "head", ...
+        kind: what stands there: "attention", "latent_attention", "moe", "mlp", "embedding", "head", ...
         params: parameters. A tied head has none of its own but the norm's.
         active_params: those that act on a token: all but the experts it is not routed to.
         flops: per token, 2 · multiply-adds of the forward pass's matrix products, as the mean over a causal sequence
@@ -278,12 +279,20 @@ def _flops(module: nn.Module, length: int) -> float:
         elif isinstance(part, Attention):
             # Scores and their use, each H · P per key; (L + 1) / 2 keys in the mean over a causal sequence.
             flops += 2 * 2 * part.num_heads * part.head_dim * (length + 1) / 2
+        elif isinstance(part, LatentAttention):
+            flops += 2 * part.num_heads * (part.head_dim + part.value_dim) * (length + 1) / 2
     return flops
 
 
 def _cache_elements(module: nn.Module) -> int:
-    """Elements that one token adds to the cache: a key and a value per kv head."""
-    return sum(2 * p.num_kv_heads * p.head_dim for p in module.modules() if isinstance(p, Attention))
+    """Elements that one token adds to the cache: a key and a value per kv head, or a latent and a rotary key."""
+    elements = 0
+    for part in module.modules():
+        if isinstance(part, Attention):
+            elements += 2 * part.num_kv_heads * part.head_dim
+        elif isinstance(part, LatentAttention):
+            elements += part.kv_rank + part.rotary_dim
+    return elements
 
 
 def _break_even(model: Transformer) -> BreakEven | None:
