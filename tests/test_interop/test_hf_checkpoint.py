@@ -72,7 +72,28 @@ CHECKPOINTS = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
         },
     ),
-    "qwen3": ("qwen3", {"intermediate_size": 40, "head_dim": 16}),
+    "llama 3": (
+        "llama",
+        {
+            "intermediate_size": 40,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "qwen3": (
+        "qwen3",
+        {
+            "intermediate_size": 40,
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        },
+    ),
     "mixtral": ("mixtral", {"intermediate_size": 12, "num_local_experts": 8, "num_experts_per_tok": 2}),
     "olmoe": ("olmoe", {"intermediate_size": 12, "num_experts": 8, "num_experts_per_tok": 3}),
     "olmoe, normalized": (
@@ -340,8 +361,8 @@ print(peak("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
         ("llama", {"hidden_act": "relu2"}, "activation hidden_act = 'relu2'"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-            "scaling, rope_type = 'linear'",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "scaling, rope_type = 'dynamic'",
         ),
         (
             "deepseek_v3",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from coterie.interop.hf_families import FAMILIES, Family
 from coterie.models.config import TransformerConfig
+from coterie.modules.rotary import ROTARY_SCALINGS, parse_rotary_scaling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,7 +40,10 @@ def config_from_hf(hf_config: "PreTrainedConfig") -> TransformerConfig:
 
     ours = {**family.ours, "activation": ACTIVATIONS[activation]}
     for theirs, names in family.fields.items():
-        if (value := getattr(hf_config, theirs, None)) is not None:
+        value = getattr(hf_config, theirs, None)
+        if theirs == "norm_topk_prob":  # None is False there
+            value = bool(value)
+        if value is not None:
             ours |= dict.fromkeys(_several(names), value)
     if family.optional_qk_norm:
         ours["qk_norm"] = "head" if hf_config.use_qk_norm else None
@@ -77,7 +81,10 @@ def config_to_hf(config: TransformerConfig, family: Family) -> dict[str, Any]:
     if family.latent:
         theirs["qk_nope_head_dim"] = head_dim - config.rotary_dim
         theirs["v_head_dim"] = config.value_dim or head_dim - config.rotary_dim
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        rope["rope_type"], parameters = parse_rotary_scaling(config.rope_scaling)
+        rope |= {name: int(value) if name.startswith("original") else value for name, value in parameters.items()}
     if family.partial_rotary:
         rope["partial_rotary_factor"] = (config.rotary_dim or head_dim) / head_dim
     theirs["rope_parameters"] = rope
@@ -99,7 +106,7 @@ def differences(config: TransformerConfig, family: Family) -> list[str]:
     """What of a config a family does not say, each as "field = value (there ...)"."""
     problems = []
     said = {name for names in family.fields.values() for name in _several(names)}
-    said |= {"activation", "rope_theta", "feed_forwards", "hidden_dim"}
+    said |= {"activation", "rope_theta", "rope_scaling", "feed_forwards", "hidden_dim"}
     said |= {"rotary_dim"} if family.partial_rotary else set()
     said |= {"qk_norm"} if family.optional_qk_norm else set()
     said |= {"head_dim"} if family.latent else set()
@@ -160,16 +167,25 @@ def _pattern_problems(config: TransformerConfig, family: Family) -> list[str]:
 
 def _rotary(family: Family, hf_config: "PreTrainedConfig", head_dim: int) -> dict[str, Any]:
     rope = dict(hf_config.rope_parameters or {})
-    kind = rope.pop("rope_type", "default")
+    kind, scaling = rope.pop("rope_type", "default"), None
     factor = rope.pop("partial_rotary_factor", None) or 1.0
     if kind != "default":
-        raise ValueError(f"coterie has no equivalent of the rotary embedding's scaling, rope_type = {kind!r}")
+        known = ROTARY_SCALINGS.get(kind)
+        if known is None:
+            raise ValueError(f"coterie has no equivalent of the rotary embedding's scaling, rope_type = {kind!r}")
+        if kind == "llama3":  # as transformers has it where a config leaves it out
+            rope.setdefault("original_max_position_embeddings", hf_config.max_position_embeddings)
+        if missing := known - rope.keys():
+            raise ValueError(f"rope_parameters of rope_type {kind!r} lack {', '.join(sorted(missing))}")
+        scaling = f"{kind}({', '.join(f'{name}={float(rope[name])!r}' for name in sorted(known))})"
     if "rope_theta" not in rope:
         raise ValueError("the config has no rope_theta in its rope_parameters")
     theta = rope.pop("rope_theta")
     if factor != 1.0 and not family.partial_rotary:
         raise ValueError(f"{family.model_type} has no partial_rotary_factor, got {factor}")
-    return {"rope_theta": theta} | ({"rotary_dim": int(head_dim * factor)} if factor != 1.0 else {})
+    return {"rope_theta": theta, "rope_scaling": scaling} | (
+        {"rotary_dim": int(head_dim * factor)} if factor != 1.0 else {}
+    )
 
 
 def _feed_forwards(family: Family, hf_config: "PreTrainedConfig") -> tuple[str, ...]:

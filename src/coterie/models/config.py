@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 from coterie.modules.attention import QK_NORMS
+from coterie.modules.rotary import parse_rotary_scaling
 from coterie.ops import activation_is_gated
 
 MIXERS = ("attention", "latent_attention")
@@ -48,6 +49,7 @@ class TransformerConfig:
         output_bias: a bias on the attention's output projection.
         attention_scale: what scores are multiplied by; None: P^-0.5.
         rope_theta: the rotary embedding's base.
+        rope_scaling: of a model that was trained on shorter texts; see `coterie.RotaryEmbedding`. None: none.
         rotary_dim: the first channels of a head, as many as these, are turned by the rotary embedding, the others are
             left as they are (glm4_moe); even; None: all P. Of "latent_attention" the last channels, and not all.
         rotary_interleaved: the rotary embedding turns pairs of neighbouring channels (deepseek_v3), not those half of
@@ -94,6 +96,7 @@ class TransformerConfig:
     output_bias: bool = False
     attention_scale: float | None = None
     rope_theta: float = 10000.0
+    rope_scaling: str | None = None
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
     embedding_scale: float = 1.0
@@ -129,6 +132,8 @@ class TransformerConfig:
         if "moe" in self.feed_forwards:
             self._check_router()
         activation_is_gated(self.activation)
+        if self.rope_scaling is not None:
+            parse_rotary_scaling(self.rope_scaling)
 
     def _check_patterns(self) -> None:
         for name, accepted in (("mixers", MIXERS), ("feed_forwards", FEED_FORWARDS)):

@@ -4,8 +4,18 @@ Pair i of a head's channels is turned by the angle position · theta^(-2i/P). It
 Face's llama, or, interleaved, the neighbours 2i and 2i + 1, as in the paper and in DeepSeek's checkpoints.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from coterie.ops._spec import parse_spec
+
+# Ways to stretch a trained model's positions, and their parameters.
+ROTARY_SCALINGS = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
 
 
 class RotaryEmbedding(nn.Module):
@@ -16,9 +26,12 @@ class RotaryEmbedding(nn.Module):
     Args:
         head_dim: P, even; of a partial rotation, the channels of a head that turn.
         theta: the base; the slowest pair turns once in about 2π·theta positions.
+        scaling: how the angles of a model that was trained on shorter texts are slowed down: "linear(factor=4.0)", all
+            alike (arXiv:2306.15595), or llama 3.1's "llama3(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=8192)", pairs that turn slowly alone. None: not at all.
     """
 
-    def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
+    def __init__(self, head_dim: int, theta: float = 10000.0, scaling: str | None = None) -> None:
         super().__init__()
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim must be even and positive for rotary embedding, got {head_dim}")
@@ -26,17 +39,48 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(f"theta must be positive, got {theta}")
         self.head_dim = head_dim
         self.theta = theta
+        self.scaling = scaling
+        self._scaling = None if scaling is None else parse_rotary_scaling(scaling)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [.., L], integers → (cos, sin), each [.., L, P/2] float32."""
         # float32 whatever the model's dtype: bf16 cannot tell positions apart above 256.
         channels = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32)
         frequencies = 1.0 / self.theta ** (channels / self.head_dim)
+        if self._scaling is not None:
+            frequencies = _scaled(frequencies, *self._scaling)
         angles = positions.unsqueeze(-1).float() * frequencies
         return angles.cos(), angles.sin()
 
     def extra_repr(self) -> str:
-        return f"{self.head_dim}, theta={self.theta}"
+        return f"{self.head_dim}, theta={self.theta}, scaling={self.scaling!r}"
+
+
+def parse_rotary_scaling(text: str) -> tuple[str, dict[str, float]]:
+    """Name and parameters of a `RotaryEmbedding`'s scaling; ValueError says what there is."""
+    name, parameters = parse_spec(text, "rope_scaling", "linear(factor=4.0)")
+    if name not in ROTARY_SCALINGS:
+        raise ValueError(f"rope_scaling must be one of {', '.join(ROTARY_SCALINGS)}, got {text!r}")
+    if parameters.keys() != ROTARY_SCALINGS[name]:
+        raise ValueError(f"rope_scaling {name!r} takes {sorted(ROTARY_SCALINGS[name])}, got {sorted(parameters)}")
+    for parameter, value in parameters.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"rope_scaling's {parameter} must be positive, got {value}")
+    if name == "llama3" and not parameters["low_freq_factor"] < parameters["high_freq_factor"]:
+        raise ValueError(f"rope_scaling's low_freq_factor must be less than its high_freq_factor, got {text!r}")
+    return name, parameters
+
+
+def _scaled(frequencies: Tensor, name: str, parameters: dict[str, float]) -> Tensor:
+    """[P/2] slowed down."""
+    slow = frequencies / parameters["factor"]
+    if name == "linear":
+        return slow
+    # Slow below low_freq_factor turns over the length trained on, as they are above high_freq_factor, between between.
+    turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * slow + kept * frequencies
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:

@@ -14,12 +14,13 @@ Parameters stand in brackets. alpha: g · σ(alpha · g) instead of silu; limit:
 ±limit; up_offset: added to up after that. gpt-oss is "swiglu(alpha=1.702, limit=7.0, up_offset=1.0)".
 """
 
-import ast
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from coterie.ops._spec import parse_spec
 
 _FUNCTIONS = {
     "swiglu": ("silu", True),
@@ -53,21 +54,11 @@ def parse_activation(text: str) -> Activation:
 
 
 def _parse(text: str) -> Activation:
-    name, bracket, _ = text.partition("(")
+    name = text.partition("(")[0]
     if name not in _FUNCTIONS:
         raise ValueError(f"activation must be one of {', '.join(_FUNCTIONS)}, got {text!r}")
     function, gated = _FUNCTIONS[name]
-    parameters = {}
-    if bracket:
-        try:
-            call = ast.parse(text, mode="eval").body
-            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
-                raise ValueError("one name, one pair of brackets")
-            if call.args:
-                raise ValueError("parameters need names")
-            parameters = {keyword.arg: float(ast.literal_eval(keyword.value)) for keyword in call.keywords}
-        except (SyntaxError, ValueError, TypeError) as error:
-            raise ValueError(f"activation {text!r} must read like 'swiglu(alpha=1.702, limit=7.0)': {error}") from None
+    _, parameters = parse_spec(text, "activation", "swiglu(alpha=1.702, limit=7.0)")
     accepted = {"alpha", "limit", "up_offset"} if gated else {"alpha"}
     if function != "silu":
         accepted -= {"alpha"}
