@@ -28,7 +28,8 @@ def run(*arguments: str, cwd: Path = ROOT) -> str:
 
 
 @pytest.mark.parametrize("block", blocks("python"))
-def test_python_blocks_run(block):
+def test_python_blocks_run(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     exec(compile(block, "README.md", "exec"), {})
 
 
