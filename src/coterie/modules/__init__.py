@@ -6,7 +6,19 @@ from coterie.modules.gated_mlp import GatedMLP
 from coterie.modules.latent_attention import LatentAttention
 from coterie.modules.moe import MoE
 from coterie.modules.norm import RMSNorm
+from coterie.modules.packed import pack_for_inference, unpack
 from coterie.modules.rotary import RotaryEmbedding
 from coterie.modules.router import TopKRouter
 
-__all__ = ["Attention", "Experts", "GatedMLP", "LatentAttention", "MoE", "RMSNorm", "RotaryEmbedding", "TopKRouter"]
+__all__ = [
+    "Attention",
+    "Experts",
+    "GatedMLP",
+    "LatentAttention",
+    "MoE",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "TopKRouter",
+    "pack_for_inference",
+    "unpack",
+]
