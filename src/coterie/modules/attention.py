@@ -130,8 +130,8 @@ class Attention(nn.Module):
         queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in (queries, keys, values))  # [B, L, .., P]
         if self.qk_norm == "head":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries = apply_rotary(queries, rotary, self.rotary_interleaved).transpose(1, 2)  # [B, H, L, P]
-        keys = apply_rotary(keys, rotary, self.rotary_interleaved).transpose(1, 2)
+        turned = apply_rotary(torch.cat((queries, keys), dim=2), rotary, self.rotary_interleaved).transpose(1, 2)
+        queries, keys = turned.split((self.num_heads, self.num_kv_heads), dim=1)  # [B, H, L, P], [B, G, L, P]
         values = values.transpose(1, 2)
         key_mask = token_mask
         if cache_layer is not None:
