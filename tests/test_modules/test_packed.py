@@ -267,6 +267,28 @@ def test_a_weight_of_two_modules_stays_for_both():
 
 
 @needs_bfloat16
+@pytest.mark.parametrize("bias", [True, False])
+def test_projections_are_one_product_unless_someone_takes_part(bias):
+    attention = coterie.Attention(32, 4, num_kv_heads=2, qkv_bias=bias, dtype=torch.bfloat16).eval()
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, rotary = torch.randn(2, 5, 32, dtype=torch.bfloat16), coterie.RotaryEmbedding(8)(torch.arange(5))
+    exact = copy.deepcopy(attention).double()(x.double(), rotary)
+    with torch.no_grad():
+        plain, got = attention(x, rotary), pack_for_inference(attention)(x, rotary)
+        assert relative_error(got, exact) <= 1.5 * relative_error(plain, exact)
+        one, wide = attention.k_proj(x), copy.deepcopy(unpack(copy.deepcopy(attention)).k_proj).double()
+        assert relative_error(one, wide(x.double())) < 5e-3
+        seen = []
+        handle = attention.k_proj.register_forward_hook(lambda module, args, y: seen.append(y) or 0 * y)
+        halted = attention(x, rotary)
+        assert torch.equal(seen[0], one)
+        assert not torch.equal(halted, got)
+        handle.remove()
+        assert torch.equal(attention(x, rotary), got)
+
+
+@needs_bfloat16
 def test_latent_attention_keeps_what_it_absorbs():
     latent = coterie.LatentAttention(32, 4, head_dim=12, rotary_dim=4, kv_rank=8, value_dim=8, dtype=torch.bfloat16)
     pack_for_inference(latent)

@@ -5,15 +5,17 @@ that multiplies by packed matrices. A packed model is for inference alone, in it
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from coterie.modules.attention import Attention
 from coterie.modules.embedding import TiedEmbedding
 from coterie.modules.experts import Experts
 from coterie.ops._expert_mlp_packed import packed_expert_mlp
-from coterie.ops._packed import PackedMatrix, PackedStack, packable_dtypes, packed_linear
+from coterie.ops._packed import PackedMatrix, PackedRows, PackedStack, packable_dtypes, packed_linear
 from coterie.ops.routing import Routing
 
 
@@ -27,7 +29,7 @@ class Packed:
     occasion. One that another module has too stays where it is.
     """
 
-    packed: dict[str, PackedMatrix | PackedStack]
+    packed: dict[str, PackedMatrix | PackedRows | PackedStack]
 
     def __getattr__(self, name: str):
         value = super().__getattr__(name)
@@ -48,13 +50,13 @@ class Packed:
 
     def _apply(self, fn, recurse: bool = True):
         """Behind `to`, `float`, `cuda` and the like."""
-        matrix = next(iter(self.packed.values()))
-        probe = fn(torch.empty(0, dtype=matrix.dtype))
-        if probe.dtype != matrix.dtype or probe.device.type != "cpu":
-            raise RuntimeError(
-                f"packed weights stay in {matrix.dtype} on the CPU, got {probe.dtype} on {probe.device}: "
-                "coterie.unpack(model) first"
-            )
+        for dtype in {matrix.dtype for matrix in self.packed.values()}:
+            probe = fn(torch.empty(0, dtype=dtype))
+            if probe.dtype != dtype or probe.device.type != "cpu":
+                raise RuntimeError(
+                    f"packed weights stay in {dtype} on the CPU, got {probe.dtype} on {probe.device}: "
+                    "coterie.unpack(model) first"
+                )
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -92,6 +94,18 @@ class PackedExperts(Packed, Experts):
     def extra_repr(self) -> str:
         num_experts, dim, hidden_dim = self.packed["down_proj"].shape
         return f"{num_experts}, dim={dim}, hidden_dim={hidden_dim}, activation={self.activation!r}"
+
+
+class PackedAttention(Packed, Attention):
+    """Attention whose projections of x are rows of one packed matrix."""
+
+    def _project(self, x: Tensor) -> Sequence[Tensor]:
+        parts = _projections(self)
+        if any(type(part) is not PackedLinear or part._forward_hooks or part._forward_pre_hooks for part in parts):
+            return super()._project(x)  # someone takes part in one of them
+        bias = None if self.q_proj.bias is None else torch.cat([part.bias for part in parts])
+        y = packed_linear(x, self.q_proj.packed["weight"].whole, bias)
+        return y.split([part.out_features for part in parts], dim=-1)
 
 
 class PackedTiedEmbedding(Packed, TiedEmbedding):
@@ -143,16 +157,21 @@ def pack_for_inference(model: nn.Module) -> nn.Module:
             )
     # By identity, for a reference would keep what is packed from being freed.
     owners = Counter(id(parameter) for module in modules for parameter in module._parameters.values())
+    alone = {module for module in fit if all(owners[id(module._parameters[name])] == 1 for name in found[module])}
+    for module in modules:
+        if type(module) is Attention and alone.issuperset(_projections(module)):
+            _pack_projections(module)
     for module in fit:
+        if isinstance(module, Packed):
+            continue
         packed = {}
         for name, transposed in found[module].items():
             parameter = module._parameters[name]
             packed[name] = PackedStack(parameter, transposed) if parameter.dim() == 3 else PackedMatrix(parameter)
-            if owners[id(parameter)] == 1 and not isinstance(module, TiedEmbedding):
+            if module in alone and not isinstance(module, TiedEmbedding):
                 module._parameters[name] = None
             del parameter
-        module.packed = packed
-        module.__class__ = _packed_class(type(module))
+        _become_packed(module, packed)
     return model.eval()
 
 
@@ -184,6 +203,28 @@ def _matrices(module: nn.Module) -> dict[str, bool]:
     return {}
 
 
+def _projections(attention: Attention) -> tuple[nn.Module, ...]:
+    return attention.q_proj, attention.k_proj, attention.v_proj
+
+
+def _pack_projections(attention: Attention) -> None:
+    parts, stop = _projections(attention), 0
+    if len({(part.weight.dtype, part.bias is None) for part in parts}) > 1:
+        return
+    whole = PackedMatrix(torch.cat([part.weight.detach() for part in parts]))
+    for part in parts:
+        start, stop = stop, stop + len(part.weight)
+        rows = PackedRows(whole, start, stop, part.weight.requires_grad)
+        part._parameters["weight"] = None
+        _become_packed(part, {"weight": rows})
+    _become_packed(attention, {})
+
+
+def _become_packed(module: nn.Module, packed: dict[str, PackedMatrix | PackedRows | PackedStack]) -> None:
+    module.packed = packed
+    module.__class__ = _packed_class(type(module))
+
+
 def _is_hf_experts(module: nn.Module) -> bool:
     """Whether the module follows transformers' experts interface."""
     return hasattr(module, "_is_expert_parallel")
@@ -197,5 +238,7 @@ def _kind(parameter: nn.Parameter | None) -> str:
 
 @cache
 def _packed_class(plain: type[nn.Module]) -> type[Packed]:
-    own = {nn.Linear: PackedLinear, Experts: PackedExperts, TiedEmbedding: PackedTiedEmbedding}
-    return own.get(plain) or type(f"Packed{plain.__name__}", (Packed, plain), {})
+    own = (PackedLinear, PackedExperts, PackedAttention, PackedTiedEmbedding)
+    return {packed.__bases__[1]: packed for packed in own}.get(plain) or type(
+        f"Packed{plain.__name__}", (Packed, plain), {}
+    )

@@ -42,6 +42,21 @@ class PackedMatrix:
         return PackedMatrix, (self.dense().requires_grad_(self.requires_grad),)
 
 
+class PackedRows:
+    """Rows of a packed matrix, as a packed matrix of its own would be."""
+
+    def __init__(self, whole: PackedMatrix, start: int, stop: int, requires_grad: bool) -> None:
+        self.whole, self._rows, self.requires_grad = whole, slice(start, stop), requires_grad
+        self.shape, self.dtype = torch.Size((stop - start, whole.shape[1])), whole.dtype
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = self.whole.multiply(x)[..., self._rows]
+        return y if bias is None else y + bias
+
+    def dense(self) -> Tensor:
+        return self.whole.dense()[self._rows].clone()
+
+
 class PackedStack:
     """A stack of matrices [E, B, A], each packed by itself; given as [E, A, B] if `transposed`."""
 
