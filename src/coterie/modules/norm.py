@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
         if x.dtype == self.weight.dtype:
             if x.device.type == "cpu" and x.numel() <= _FEW and not torch.compiler.is_compiling():
                 # Beside -x its mean is 0, and its variance the mean of its squares: one kernel, where rms_norm is ten.
-                both, weight = torch.cat((x, -x), dim=-1), self.weight.repeat(2)
+                both, weight = torch.cat((x, -x), dim=-1), torch.cat((self.weight, self.weight))
                 return F.layer_norm(both, (2 * self.dim,), weight, None, self.eps)[..., : self.dim]
             return F.rms_norm(x, (self.dim,), self.weight, self.eps)  # accumulates half types in float32
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)

@@ -14,7 +14,7 @@ from coterie.ops._sums import TokenSum
 from coterie.ops.activations import apply_activation
 
 # Routed rows (T·K) up to which each is multiplied by itself: beyond, experts come up more than once.
-_SINGLE_ROWS = 16
+_SINGLE_ROWS = 32
 
 
 def packed_expert_mlp(
