@@ -24,6 +24,7 @@ MAY_IMPORT = {
 }
 # Never at the top of a file: optional, slow, or of one platform.
 LAZY = {"triton", "coterie_kernels", "matplotlib", "transformers", "tyro", "tensorboard", "torch._dynamo"}
+LAZY |= {"gguf", "llama_cpp", "onnx", "onnxscript", "onnxruntime", "tokenizers"}
 FILES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 
