@@ -3,7 +3,15 @@
 from coterie.modules.attention import Attention
 from coterie.modules.experts import Experts
 from coterie.modules.gated_mlp import GatedMLP
-from coterie.modules.lora import add_lora, lora_parameters, merge_lora, remove_lora, set_adapter, unmerge_lora
+from coterie.modules.lora import (
+    adapter_names,
+    add_lora,
+    lora_parameters,
+    merge_lora,
+    remove_lora,
+    set_adapter,
+    unmerge_lora,
+)
 from coterie.modules.moe import MoE
 from coterie.modules.norm import RMSNorm
 from coterie.modules.rotary import RotaryEmbedding
@@ -17,6 +25,7 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "TopKRouter",
+    "adapter_names",
     "add_lora",
     "lora_parameters",
     "merge_lora",

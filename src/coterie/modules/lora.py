@@ -100,6 +100,11 @@ def set_adapter(model: nn.Module, names: str | Sequence[str] | None, adapter_ids
         lora.choose(names, adapter_ids)
 
 
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the adapters that a model has, in the order in which they came."""
+    return list(dict.fromkeys(name for lora in _loras(model) for name in lora.adapters))
+
+
 def lora_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """The factors of one adapter, or of all: what an optimizer is given.
 
@@ -183,12 +188,32 @@ def remove_lora(model: nn.Module, name: str | None = None) -> None:
         set_adapter(model, None)
 
 
+def low_ranks(model: nn.Module, name: str) -> dict[str, LowRank]:
+    """An adapter's factors by the dotted name of the matrix that they update.
+
+    Raises:
+        ValueError: the model has no adapter of that name.
+    """
+    _check_known(model, name)
+    return {
+        site: module.lora.adapters[name][matrix]
+        for site, (module, matrix) in all_sites(model).items()
+        if (lora := getattr(module, "lora", None)) and name in lora.adapters and matrix in lora.adapters[name]
+    }
+
+
+def all_sites(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Every matrix that can be updated: by dotted name, its module and what it is called there."""
+    return {
+        f"{prefix}.{matrix}".removeprefix("."): (module, matrix)
+        for prefix, module in model.named_modules()
+        for matrix in _matrices(module)
+    }
+
+
 def find_sites(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[nn.Module, str]]:
-    """The matrices that `targets` name: by dotted name, their module and what they are called there."""
-    there = {}
-    for prefix, module in model.named_modules():
-        for matrix in _matrices(module):
-            there[f"{prefix}.{matrix}".removeprefix(".")] = (module, matrix)
+    """Those of `all_sites` that `targets` name, as `add_lora` says."""
+    there = all_sites(model)
     found = {target: [name for name in there if _matches(name, target)] for target in targets}
     for target, names in found.items():
         if not names:
@@ -210,7 +235,7 @@ def attach(
 ) -> None:
     """`add_lora` for matrices that `find_sites` found."""
     _check_unmerged(model)
-    if name in _names(model):
+    if name in adapter_names(model):
         raise ValueError(f"name must be new, but the model has an adapter {name!r} already")
     if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"name must be letters, digits, _ and -, and no method of a module, got {name!r}")
@@ -323,16 +348,12 @@ def _loras(model: nn.Module) -> Iterator[LoRA]:
     return (lora for _, lora in _adapted(model))
 
 
-def _names(model: nn.Module) -> list[str]:
-    return list(dict.fromkeys(name for lora in _loras(model) for name in lora.adapters))
-
-
 def _is_plain(weight: Tensor) -> bool:
     return weight.is_floating_point() and weight.element_size() >= 2
 
 
 def _check_known(model: nn.Module, name: str) -> None:
-    if name not in (names := _names(model)):
+    if name not in (names := adapter_names(model)):
         raise ValueError(f"the model has no adapter {name!r}, but {', '.join(map(repr, names)) or 'none at all'}")
 
 
