@@ -1,6 +1,7 @@
-"""Cost, routing telemetry and plots: what a sparse model costs, how evenly it is used, and a picture of both."""
+"""Cost, coverage, routing telemetry and plots: what a sparse model costs, what of it trains, how evenly it is used."""
 
 from coterie.report.cost import BreakEven, LayerCost, ModelCost, format_cost, model_cost, saved_for_backward
+from coterie.report.coverage import Coverage, ParameterGroup, check_coverage, coverage, format_coverage
 from coterie.report.plots import report_figure, save_figure
 from coterie.report.summary import format_summary, summarize
 from coterie.report.table import format_table, human_bytes, human_count
@@ -8,11 +9,16 @@ from coterie.report.telemetry import ExpertLoad, dead_experts, load_entropy, loa
 
 __all__ = [
     "BreakEven",
+    "Coverage",
     "ExpertLoad",
     "LayerCost",
     "ModelCost",
+    "ParameterGroup",
+    "check_coverage",
+    "coverage",
     "dead_experts",
     "format_cost",
+    "format_coverage",
     "format_summary",
     "format_table",
     "human_bytes",
