@@ -112,22 +112,23 @@ class _Update:
         self, a: Tensor, b: Tensor, scale: float, counts: Tensor | None = None, needs: Sequence[bool] = (False, False)
     ) -> None:
         self._a, self._b, self._scale = a, b, scale
+        # Of bᵀ, too: a product of few rows is faster than one of few columns.
         self._grad_a, self._grad_b = (
             (_SharedGradient(factor) if len(factor) == 1 else WeightGradient(factor.shape, factor.dtype, counts))
             if needed
             else None
-            for factor, needed in zip((a, b), needs, strict=True)
+            for factor, needed in zip((a, b.mT), needs, strict=True)
         )
 
     def add(self, chunk: Chunk, rows: Tensor, y: Tensor) -> None:
         """y [n, O] += s·B·A·rows, of rows [n, I]."""
-        y += _multiply(chunk, self._low(chunk, rows), self._b.mT)
+        _add_product(chunk, self._low(chunk, rows), self._b.mT, y)
 
     def add_to_gradient(self, chunk: Chunk, grad: Tensor, grad_rows: Tensor | None) -> Tensor:
         """grad_rows [n, I] += s·Aᵀ·Bᵀ·grad, of grad [n, O]; returns s·Bᵀ·grad, [n, R]."""
         low = _multiply(chunk, grad, self._b).mul_(self._scale)
         if grad_rows is not None:
-            grad_rows += _multiply(chunk, low, self._a)
+            _add_product(chunk, low, self._a, grad_rows)
         return low
 
     def add_gradients(self, chunk: Chunk, rows: Tensor, grad: Tensor, low_grad: Tensor) -> None:
@@ -135,12 +136,13 @@ class _Update:
         if self._grad_a is not None:
             self._grad_a.add(chunk, low_grad, rows)
         if self._grad_b is not None:
-            self._grad_b.add(chunk, grad, self._low(chunk, rows))
+            self._grad_b.add(chunk, self._low(chunk, rows), grad)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        none = self._a.new_empty(0), self._b.new_empty(0)  # outputs of a custom op may not be one tensor
-        totals = (self._grad_a, self._grad_b)
-        return tuple(n if total is None else total.gradient for n, total in zip(none, totals, strict=True))
+        return (
+            self._a.new_empty(0) if self._grad_a is None else self._grad_a.gradient,
+            self._b.new_empty(0) if self._grad_b is None else self._grad_b.gradient.mT.contiguous(),
+        )
 
     def _low(self, chunk: Chunk, rows: Tensor) -> Tensor:
         return _multiply(chunk, rows, self._a.mT).mul_(self._scale)
@@ -177,3 +179,20 @@ def _layer(
 def _multiply(chunk: Chunk, rows: Tensor, factor: Tensor) -> Tensor:
     """[n, A] × [E or 1, A, B] → [n, B]."""
     return multiply(rows, factor[0].to(rows.dtype)) if len(factor) == 1 else chunk.multiply(rows, factor)
+
+
+def _add_product(chunk: Chunk, rows: Tensor, factor: Tensor, y: Tensor) -> None:
+    """y [n, B] += [n, A] × [E or 1, A, B], in one pass over y where the dtypes allow it."""
+    if y.dtype != rows.dtype:
+        y += _multiply(chunk, rows, factor)
+        return
+    if len(factor) == 1:
+        y.addmm_(rows, factor[0].to(rows.dtype))
+        return
+    base = chunk.experts.start
+    factor = factor[chunk.experts].to(rows.dtype)
+    for tile, tile_rows, tile_y in zip(chunk.tiles, chunk.cut(rows), chunk.cut(y), strict=True):
+        if tile.num_experts == 1:
+            tile_y.addmm_(tile_rows, tile.of(factor, base))
+        else:
+            tile.batch(tile_y).baddbmm_(tile.batch(tile_rows), tile.of(factor, base))
