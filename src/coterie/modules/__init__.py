@@ -4,9 +4,34 @@ from coterie.modules.attention import Attention
 from coterie.modules.experts import Experts
 from coterie.modules.gated_mlp import GatedMLP
 from coterie.modules.latent_attention import LatentAttention
+from coterie.modules.lora import (
+    adapter_names,
+    add_lora,
+    lora_parameters,
+    merge_lora,
+    remove_lora,
+    set_adapter,
+    unmerge_lora,
+)
 from coterie.modules.moe import MoE
 from coterie.modules.norm import RMSNorm
 from coterie.modules.rotary import RotaryEmbedding
 from coterie.modules.router import TopKRouter
 
-__all__ = ["Attention", "Experts", "GatedMLP", "LatentAttention", "MoE", "RMSNorm", "RotaryEmbedding", "TopKRouter"]
+__all__ = [
+    "Attention",
+    "Experts",
+    "GatedMLP",
+    "LatentAttention",
+    "MoE",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "TopKRouter",
+    "adapter_names",
+    "add_lora",
+    "lora_parameters",
+    "merge_lora",
+    "remove_lora",
+    "set_adapter",
+    "unmerge_lora",
+]
