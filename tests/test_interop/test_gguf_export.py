@@ -241,6 +241,7 @@ def test_every_preset_has_an_architecture():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({**DENSE, "rotary_scaling": "linear(factor=2.0)"}, r"none of its rotary_scaling = .linear\(factor=2.0\)."),
         ({**DENSE, "activation": "geglu"}, r"closest, llama, has none of its activation = 'geglu' \(there it is 'swig"),
         (
             {**DENSE, "qk_norm": "head", "qkv_bias": True, "output_bias": True},
