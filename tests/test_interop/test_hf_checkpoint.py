@@ -293,7 +293,8 @@ def test_shards_are_those_that_transformers_writes(name, tmp_path, ids):
     assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
     # A later save in one file leaves none of the shards, which a reader would take for its own.
     to_hf(ours, tmp_path / "again")
-    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert "from_hf" in (tmp_path / "again/README.md").read_text()
 
 
 def test_dtypes(saved, tmp_path):

@@ -23,6 +23,7 @@ from coterie.interop.hf_families import FAMILIES, Family
 from coterie.models.config import TransformerConfig
 from coterie.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, write_atomically
 from coterie.models.transformer import Transformer
+from coterie.report.model_card import write_model_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -109,7 +110,8 @@ def to_hf(
     family: str | None = None,
     max_shard_size: int | str = "50GB",
 ) -> None:
-    """Write the folder `path` for transformers to load: config.json and the weights in safetensors, as it writes them.
+    """Write the folder `path` for transformers to load: config.json and the weights in safetensors, as it writes them,
+    and a README.md that says what the model is and costs, unless there is one that coterie did not write.
 
     A model that `from_hf` loaded is written as the family it came from, equal bit for bit where it was not changed.
     Every file is written beside its place and renamed into it; memory holds one shard besides the model.
@@ -152,6 +154,7 @@ def to_hf(
     stale |= {INDEX_FILE} if not shards.is_sharded else set()
     for file in stale:
         (folder / file).unlink(missing_ok=True)
+    write_model_card(folder, model.config, dtype=hf_config.dtype, library="transformers")
 
 
 # --- reading
