@@ -8,7 +8,7 @@ everything else is refused by name.
 from dataclasses import dataclass, field
 from typing import Any
 
-from coterie.interop.hf_config import differences
+from coterie.interop.hf_config import differences, fitting
 from coterie.interop.hf_families import FAMILIES
 from coterie.models.config import TransformerConfig
 
@@ -76,14 +76,7 @@ def family_for_gguf(config: TransformerConfig) -> str:
     Raises:
         ValueError: there is none; what the closest has not is named.
     """
-    problems = {name: _problems(config, name) for name in ARCHITECTURES}
-    closest = min(problems, key=lambda name: len(problems[name]))
-    if problems[closest]:
-        raise ValueError(
-            f"no architecture of llama.cpp has an equivalent of this model; the closest, {closest}, has none of its "
-            + "; ".join(problems[closest])
-        )
-    return closest
+    return fitting({name: _problems(config, name) for name in ARCHITECTURES}, "architecture of llama.cpp")
 
 
 def _problems(config: TransformerConfig, family: str) -> list[str]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coterie.interop.hf_config import config_from_hf, config_to_hf, differences, family_of
+from coterie.interop.hf_config import config_from_hf, config_to_hf, differences, family_of, fitting
 from coterie.interop.hf_families import FAMILIES, Family
 from coterie.models.config import TransformerConfig
 from coterie.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, write_atomically
@@ -344,14 +344,7 @@ def _their_config(model: Transformer, family: str | None) -> "PreTrainedConfig":
 
 def _fitting_family(config: TransformerConfig) -> str:
     """The first family that says all a config does."""
-    problems = {name: differences(config, family) for name, family in FAMILIES.items()}
-    closest = min(problems, key=lambda name: len(problems[name]))
-    if problems[closest]:
-        raise ValueError(
-            f"no family of transformers has an equivalent of this model; the closest, {closest}, has none of its "
-            + "; ".join(problems[closest])
-        )
-    return closest
+    return fitting({name: differences(config, family) for name, family in FAMILIES.items()}, "family of transformers")
 
 
 def _transformers():

@@ -135,6 +135,22 @@ def differences(config: TransformerConfig, family: Family) -> list[str]:
     return problems
 
 
+def fitting(problems: Mapping[str, list[str]], whose: str) -> str:
+    """The first name that has no problems; ValueError says which those of the closest are.
+
+    Args:
+        problems: by name of a family, what of a model it does not say.
+        whose: "family of transformers", and the like.
+    """
+    closest = min(problems, key=lambda name: len(problems[name]))
+    if problems[closest]:
+        raise ValueError(
+            f"no {whose} has an equivalent of this model; the closest, {closest}, has none of its "
+            + "; ".join(problems[closest])
+        )
+    return closest
+
+
 def _says_nothing(config: TransformerConfig, name: str) -> bool:
     """Whether a field has no effect, so that a family need not say it."""
     if name in ("router_groups", "router_top_groups", "router_group_score"):
