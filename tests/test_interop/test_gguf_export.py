@@ -21,6 +21,7 @@ from coterie.interop._exported import VerificationError  # noqa: E402
 from coterie.interop.gguf_architectures import family_for_gguf  # noqa: E402
 from coterie.interop.gguf_export import DTYPES, run_gguf  # noqa: E402
 from coterie.models import Transformer, TransformerConfig, preset  # noqa: E402
+from coterie.modules import add_lora  # noqa: E402
 
 LLAMA_PYTHON = os.environ.get("COTERIE_LLAMA_PYTHON")
 if LLAMA_PYTHON is None and importlib.util.find_spec("llama_cpp"):
@@ -236,6 +237,13 @@ def test_every_preset_has_an_architecture():
 
 
 # --- refusals
+
+
+def test_adapters_are_not_left_out_in_silence(tmp_path):
+    model = Transformer(TransformerConfig(**DENSE))
+    add_lora(model, targets="q_proj", name="maths")
+    with pytest.raises(ValueError, match=r"no place for adapters \(maths\): merge_lora"):
+        to_gguf(model, tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from coterie.interop import from_hf, to_hf  # noqa: E402
 from coterie.interop.hf_checkpoint import _places  # noqa: E402
 from coterie.interop.hf_families import FAMILIES  # noqa: E402
 from coterie.models import Transformer, TransformerConfig, generate  # noqa: E402
+from coterie.modules import add_lora  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -414,6 +415,13 @@ def test_a_model_without_an_equivalent_is_refused_by_name(config, family, messag
     with pytest.raises(ValueError, match=message):
         to_hf(Transformer(TransformerConfig(**config)), tmp_path / "out", family=family)
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_not_left_out_in_silence(tmp_path):
+    model = Transformer(TransformerConfig(**DENSE))
+    add_lora(model, targets="q_proj")
+    with pytest.raises(ValueError, match=r"llama checkpoint has no place for layers.0.mixer.q_proj.lora.* merge_lora"):
+        to_hf(model, tmp_path / "out")
 
 
 def _edited(path, edit):

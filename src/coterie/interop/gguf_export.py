@@ -31,6 +31,7 @@ from coterie.interop._exported import (
 from coterie.interop.gguf_architectures import ARCHITECTURES, Architecture, family_for_gguf
 from coterie.models.config import TransformerConfig
 from coterie.models.transformer import Transformer
+from coterie.modules.lora import adapter_names
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -102,6 +103,8 @@ def to_gguf(
     path = checked_file(path)
     dtype = _checked_dtype(model, dtype)
     architecture = ARCHITECTURES[family_for_gguf(model.config)]
+    if adapters := adapter_names(model):
+        raise ValueError(f"the file has no place for adapters ({', '.join(adapters)}): merge_lora, then remove_lora")
     if byte_vocabulary and model.config.vocab_size != 256:
         raise ValueError(
             f"byte_vocabulary needs a vocabulary of the 256 bytes, the model's is {model.config.vocab_size}"

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from coterie.interop.hf_config import config_from_hf, config_to_hf, differences, family_of, fitting
 from coterie.interop.hf_families import FAMILIES, Family
@@ -90,7 +91,7 @@ def from_hf(
 
     tensors = _empty_tensors(model, places, headers, device or "cpu", dtype)
     tied_head = None
-    for name, weight in weights:
+    for name, weight in tqdm(weights, "weights", len(headers), unit="", leave=False, disable=None):
         if name in places:
             tensors[places[name].name][places[name].index].copy_(weight)
         elif name == _HEAD:
@@ -136,10 +137,16 @@ def to_hf(
     chosen = FAMILIES[hf_config.model_type]
     tensors = model.state_dict()
     places = dict(_places(tensors, chosen.weights))
+    if unplaced := sorted(tensors.keys() - {place.name for place in places.values()}):
+        raise ValueError(
+            f"a {chosen.model_type} checkpoint has no place for {unplaced[0]} and {len(unplaced) - 1} more of the "
+            "model's weights (of adapters: merge_lora or remove_lora first)"
+        )
     shapes = {name: torch.empty_like(tensors[place.name][place.index], device="meta") for name, place in places.items()}
     shards = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     folder.mkdir(parents=True, exist_ok=True)
-    for file, names in shards.filename_to_tensors.items():
+    files = shards.filename_to_tensors.items()
+    for file, names in tqdm(files, "files", leave=False, disable=None):
         # Copies, for safetensors refuses tensors that share memory, as the experts in one tensor do.
         shard = {name: tensors[places[name].name][places[name].index].cpu().clone() for name in names}
         shard = {name: weight.contiguous() for name, weight in shard.items()}
@@ -178,9 +185,8 @@ def _read_hf_config(folder: Path) -> "PreTrainedConfig":
     transformers = _transformers()
     file = folder / CONFIG_FILE
     try:
-        family_of(
-            json.loads(file.read_text(encoding="utf-8")).get("model_type")
-        )  # before transformers may ask for a model's own code
+        # Known before transformers reads it, which may ask for code of the model's own.
+        family_of(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
         return transformers.AutoConfig.from_pretrained(folder)
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {CONFIG_FILE}") from None
