@@ -295,6 +295,60 @@ def test_generate_from_nothing_begins_a_text(compared, capsys):
     assert len(capsys.readouterr().out) > 1
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of transformers
+def test_export_writes_and_verifies_every_format(compared, tmp_path, capsys):
+    out, _ = compared
+    for name, file, package in (("hf", "hf", "transformers"), ("gguf", "model.gguf", "gguf"), ("onnx", "o", "onnx")):
+        pytest.importorskip(package)
+        path = out / "moe" / file if name != "onnx" else tmp_path / file
+        arguments = ["export", str(out), "--format", name] + (["--out", str(path)] if name == "onnx" else [])
+        assert main(arguments) == 0
+        said = capsys.readouterr()
+        first, second = said.out.splitlines()
+        assert first == f"{path} is written, from {out / 'moe'}"
+        assert second.startswith("verified: ")
+        assert path.exists()
+    assert (
+        main(["export", f"{out}/dense", "--format", "gguf", "--dtype", "f16", "--out", f"{tmp_path}/dense.gguf"]) == 0
+    )
+    assert f"{tmp_path}/dense.gguf is written, from {out}/dense\n" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["dense.gguf", "o"]
+
+
+def test_an_export_that_cannot_be_is_one_line(compared, tmp_path, capsys, monkeypatch):
+    out, _ = compared
+    onnx = ["export", str(out), "--format", "onnx"]
+    assert main([*onnx, "--dtype", "f16"]) == 2
+    assert complaint(capsys) == "coterie export: --dtype is of --format gguf only, got --format onnx"
+    assert main(["export", str(out), "--format", "hf", "--out", f"{out}/moe"]) == 2
+    assert f"{out}/moe holds a coterie model, which would be overwritten" in complaint(capsys)
+    Transformer(replace(CONFIG, activation="relu2")).save_pretrained(tmp_path / "relu2")
+    for name in ("hf", "gguf"):
+        pytest.importorskip({"hf": "transformers"}.get(name, name))
+        assert main(["export", f"{tmp_path}/relu2", "--format", name]) == 2
+        assert "has none of its activation = 'relu2'" in complaint(capsys)
+    assert sorted(os.listdir(tmp_path / "relu2")) == ["config.json", "model.safetensors"]
+    for package in ("transformers", "gguf", "onnx"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            name, extra = {"transformers": ("hf", "hf")}.get(package, (package, "export"))
+            assert main(["export", str(out), "--format", name]) == 2
+        assert complaint(capsys).startswith(f"coterie export: {package} is needed: pip install 'coterie[{extra}]'")
+
+
+def test_an_export_that_is_not_verified_is_one_line_and_exit_code_1(compared, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gguf")
+    from coterie.interop import gguf_export
+
+    def wrong(*arguments):
+        raise gguf_export.VerificationError("token_embd.weight is not read back as it was written")
+
+    monkeypatch.setattr(gguf_export, "_check_tensors", wrong)
+    assert main(["export", str(compared[0]), "--format", "gguf", "--out", f"{tmp_path}/model.gguf"]) == 1
+    assert complaint(capsys) == "coterie export: token_embd.weight is not read back as it was written"
+    assert os.listdir(tmp_path) == []
+
+
 def test_inspect_a_preset(capsys):
     assert main(["inspect", "tiny", "--length", "100"]) == 0
     printed = capsys.readouterr().out
@@ -322,9 +376,9 @@ def test_inspect_a_run_shows_all_its_models(compared, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("", "coterie: no command, must be one of train, generate, inspect (see coterie --help)"),
+        ("", "coterie: no command, must be one of train, generate, export, inspect (see coterie --help)"),
         ("trian", "coterie: unknown command 'trian', did you mean 'train'?"),
-        ("fly", "coterie: unknown command 'fly', must be one of train, generate, inspect (see coterie --help)"),
+        ("fly", "coterie: unknown command 'fly', must be one of train, generate, export, inspect (see coterie --help)"),
         (
             "train --stps 3",
             "coterie train: unrecognized options: --stps, 3; did you mean --steps? (see coterie train --help)",
@@ -524,14 +578,15 @@ def test_without_matplotlib_the_picture_is_skipped(train, tmp_path, capsys, monk
     assert not (tmp_path / "run" / "report.png").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["export"], ["inspect"]])
 def test_help_names_every_option(command, capsys):
     assert main([*command, "--help"]) == 0
     printed = capsys.readouterr().out
     expected = {
-        (): ["train", "generate", "inspect"],
+        (): ["train", "generate", "export", "inspect"],
         ("train",): ["--preset NAME", "--compare {dense,dense-params}", "--steps INT", "--resume", "(default: tiny)"],
         ("generate",): ["RUN", "--prompt TEXT", "--max-new-tokens INT", "--top-p FLOAT", "(default: 200)"],
+        ("export",): ["RUN", "--format {hf,gguf,onnx}", "--out PATH", "--dtype {f32,f16,bf16,q8_0}"],
         ("inspect",): ["PRESET|RUN", "--length INT", "--json"],
     }[tuple(command)]
     assert [text for text in expected if text not in printed] == []

@@ -24,7 +24,7 @@ MAY_IMPORT = {
 }
 # Never at the top of a file: optional, slow, or of one platform.
 LAZY = {"triton", "coterie_kernels", "matplotlib", "transformers", "huggingface_hub", "peft", "accelerate", "tyro"}
-LAZY |= {"tensorboard", "torch._dynamo"}
+LAZY |= {"tensorboard", "torch._dynamo", "gguf", "llama_cpp", "onnx", "onnxscript", "onnxruntime", "tokenizers"}
 # But in the one file that is about it, and is itself imported when it is needed.
 ITS_OWN_FILE = {"cli_options.py": "tyro", "hf_model.py": "transformers"}
 FILES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

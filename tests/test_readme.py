@@ -49,6 +49,7 @@ def test_coterie_commands_run(tmp_path):
         short = {
             "train": "--steps 3 --batch-size 2 --length 32 --eval-batches 1",
             "generate": "--max-new-tokens 4",
+            "export": "",
             "inspect": "",
         }[command.split()[1]]
         printed = run(sys.executable, "-m", *shlex.split(f"{command} {short}"), cwd=tmp_path)

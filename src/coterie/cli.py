@@ -1,4 +1,4 @@
-"""`coterie train | generate | inspect`.
+"""`coterie train | generate | export | inspect`.
 
 What a user got wrong, or asked too much of the memory, is one line on stderr and exit code 2; an interrupt leaves the
 last checkpoint and exits with 130. Everything heavy is imported by the command that needs it.
@@ -14,12 +14,13 @@ import textwrap
 from collections.abc import Sequence
 from typing import Annotated
 
-COMMANDS = ("train", "generate", "inspect")
+COMMANDS = ("train", "generate", "export", "inspect")
 
 # What to do about a lack of memory, by command.
 _LESS_MEMORY = {
     "train": "make --batch-size or --length smaller or --accumulation larger, or take a smaller --preset",
     "generate": "make --max-new-tokens smaller, the prompt shorter, or take a smaller model",
+    "export": "take a smaller model",
     "inspect": "make --length smaller, or take a smaller model",
 }
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except FloatingPointError as error:
         return _complain(command, str(error), 1)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if _is_lack_of_memory(error):
             what = f"not enough memory: {_LESS_MEMORY[argv[0]]}"
         elif isinstance(error, RuntimeError):  # no mistake of the user's
@@ -80,11 +81,13 @@ def parse(argv: Sequence[str]) -> object | None:
 
     import tyro
 
-    from coterie.cli_options import Generate, Inspect, Train
+    from coterie.cli_options import Export, Generate, Inspect, Train
 
-    about = "Compact sparse transformers: train one beside its dense twin, let it write, count what it costs."
+    about = (
+        "Compact sparse transformers: train one beside its dense twin, let it write, run it elsewhere, count its costs."
+    )
     commands = None
-    for name, options in zip(COMMANDS, (Train, Generate, Inspect), strict=True):
+    for name, options in zip(COMMANDS, (Train, Generate, Export, Inspect), strict=True):
         subcommand = Annotated[options, tyro.conf.subcommand(name)]
         commands = subcommand if commands is None else commands | subcommand
     said = io.StringIO()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from coterie.cli_options import Generate, Inspect, Train
+from coterie.cli_options import Export, Generate, Inspect, Train
 from coterie.models import PRESETS, Transformer, TransformerConfig, dense_twin, generate
 from coterie.models.pretrained import CONFIG_FILE, read_config
 from coterie.report.cost import ModelCost, format_cost, model_cost
@@ -273,8 +273,7 @@ def _print_sample(model: Transformer, text, plan: dict[str, Any]) -> None:
 
 def run_generate(options: Generate) -> int:
     """Prints the prompt and its continuation, character by character."""
-    folder = next(iter(_model_folders(Path(options.run)).values()))
-    model = Transformer.from_pretrained(folder, device=_device(None)).eval()
+    model = Transformer.from_pretrained(_model_folder(options.run), device=_device(None)).eval()
     _stream(
         model,
         options.prompt,
@@ -308,6 +307,31 @@ def _stream(model: Transformer, prompt: str, max_new_tokens: int, **sampling: An
     ids = ids.unsqueeze(0).to(model.embedding.weight.device)
     generate(model, ids, max_new_tokens, stop=[tokenizer.separator], callback=show, **sampling)
     print(unsaid + decoder.decode(b"", final=True))
+
+
+# --- export ---
+
+
+def run_export(options: Export) -> int:
+    """Writes the model for transformers, llama.cpp or onnxruntime, and prints what was verified."""
+    if options.dtype is not None and options.format != "gguf":
+        raise ValueError(f"--dtype is of --format gguf only, got --format {options.format}")
+    from coterie.interop import to_gguf, to_onnx
+    from coterie.interop.hf_export import export_hf
+
+    folder = _model_folder(options.run)
+    out = Path(options.out or folder / {"hf": "hf", "gguf": "model.gguf", "onnx": "model.onnx"}[options.format])
+    model = Transformer.from_pretrained(folder).eval()
+    byte_vocabulary = model.config.vocab_size == ByteTokenizer.vocab_size
+    if options.format == "hf":
+        verified = export_hf(model, out, byte_vocabulary=byte_vocabulary)
+    elif options.format == "gguf":
+        name = Path(options.run).resolve().name
+        verified = to_gguf(model, out, dtype=options.dtype, name=name, byte_vocabulary=byte_vocabulary)
+    else:
+        verified = to_onnx(model, out)
+    print(f"{out} is written, from {folder}\n{verified}")
+    return 0
 
 
 # --- inspect ---
@@ -371,6 +395,11 @@ def _device(name: str | None) -> torch.device:
 def _short_name(preset: str) -> str:
     """The preset's name, or its file's without folder and ending."""
     return Path(preset).stem
+
+
+def _model_folder(run: str) -> Path:
+    """The folder of a run's model, of the first if it has several."""
+    return next(iter(_model_folders(Path(run)).values()))
 
 
 def _model_folders(run: Path) -> dict[str, Path]:

@@ -10,10 +10,12 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+from coterie.interop.gguf_export import DTYPES as GGUF_DTYPES
 from coterie.training import TrainConfig
 from coterie.training.config import PRECISIONS
 
 _DEFAULTS = TrainConfig()
+FORMATS = ("hf", "gguf", "onnx")
 
 
 def _optional(kind: Callable[[str], Any], metavar: str, default: str, choices: tuple[str, ...] = ()) -> tuple[Any, Any]:
@@ -114,6 +116,20 @@ class Generate:
     """Sample among the fewest tokens that reach this probability together."""
     seed: Annotated[int | None, *_optional(int, "INT", "another one every time")] = None
     """Of the random choice."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a trained model for another program to run, run it there, and say how close it came."""
+
+    run: Annotated[Positional[str], arg(metavar="RUN", help_behavior_hint="")]
+    """Folder of a run, or of one contender in it."""
+    format: Annotated[str, *_optional(str, "", "", FORMATS)[:1], arg(help_behavior_hint="(required)")]
+    """hf: a folder for transformers; gguf: a file for llama.cpp; onnx: a file for onnxruntime and others."""
+    out: Annotated[str | None, *_optional(str, "PATH", "hf, model.gguf or model.onnx in the model's folder")] = None
+    """The folder or file; what an earlier export left there is replaced."""
+    dtype: Annotated[str | None, *_optional(str, "", "the model's", GGUF_DTYPES)] = None
+    """Of the matrices in a gguf file."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from coterie.interop import from_hf, to_hf  # noqa: E402
 from coterie.interop.hf_checkpoint import _places  # noqa: E402
 from coterie.interop.hf_families import FAMILIES  # noqa: E402
 from coterie.models import Transformer, TransformerConfig, generate  # noqa: E402
+from coterie.modules import add_lora  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -293,7 +294,8 @@ def test_shards_are_those_that_transformers_writes(name, tmp_path, ids):
     assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
     # A later save in one file leaves none of the shards, which a reader would take for its own.
     to_hf(ours, tmp_path / "again")
-    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert "from_hf" in (tmp_path / "again/README.md").read_text()
 
 
 def test_dtypes(saved, tmp_path):
@@ -413,6 +415,13 @@ def test_a_model_without_an_equivalent_is_refused_by_name(config, family, messag
     with pytest.raises(ValueError, match=message):
         to_hf(Transformer(TransformerConfig(**config)), tmp_path / "out", family=family)
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_not_left_out_in_silence(tmp_path):
+    model = Transformer(TransformerConfig(**DENSE))
+    add_lora(model, targets="q_proj")
+    with pytest.raises(ValueError, match=r"llama checkpoint has no place for layers.0.mixer.q_proj.lora.* merge_lora"):
+        to_hf(model, tmp_path / "out")
 
 
 def _edited(path, edit):

@@ -297,6 +297,19 @@ def test_latent_attention_keeps_what_it_absorbs():
 
 
 @needs_bfloat16
+def test_adapters_and_packing_exclude_each_other():
+    model = _model()
+    coterie.modules.add_lora(model, targets=["experts"])
+    with pytest.raises(ValueError, match="model has adapters"):
+        pack_for_inference(model)
+    coterie.modules.remove_lora(model)
+    pack_for_inference(model)
+    for target in ("experts", "o_proj"):
+        with pytest.raises(ValueError, match=r"is packed for inference and takes no adapter: coterie\.unpack"):
+            coterie.modules.add_lora(model, targets=[target])
+
+
+@needs_bfloat16
 def test_under_autocast():
     layer = pack_for_inference(nn.Linear(8, 4, dtype=torch.bfloat16))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

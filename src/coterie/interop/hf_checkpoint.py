@@ -17,12 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from coterie.interop.hf_config import config_from_hf, config_to_hf, differences, family_of
+from coterie.interop.hf_config import config_from_hf, config_to_hf, differences, family_of, fitting
 from coterie.interop.hf_families import FAMILIES, Family
 from coterie.models.config import TransformerConfig
 from coterie.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, write_atomically
 from coterie.models.transformer import Transformer
+from coterie.report.model_card import write_model_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -89,7 +91,7 @@ def from_hf(
 
     tensors = _empty_tensors(model, places, headers, device or "cpu", dtype)
     tied_head = None
-    for name, weight in weights:
+    for name, weight in tqdm(weights, "weights", len(headers), unit="", leave=False, disable=None):
         if name in places:
             tensors[places[name].name][places[name].index].copy_(weight)
         elif name == _HEAD:
@@ -109,7 +111,8 @@ def to_hf(
     family: str | None = None,
     max_shard_size: int | str = "50GB",
 ) -> None:
-    """Write the folder `path` for transformers to load: config.json and the weights in safetensors, as it writes them.
+    """Write the folder `path` for transformers to load: config.json and the weights in safetensors, as it writes them,
+    and a README.md that says what the model is and costs, unless there is one that coterie did not write.
 
     A model that `from_hf` loaded is written as the family it came from, equal bit for bit where it was not changed.
     Every file is written beside its place and renamed into it; memory holds one shard besides the model.
@@ -134,10 +137,16 @@ def to_hf(
     chosen = FAMILIES[hf_config.model_type]
     tensors = model.state_dict()
     places = dict(_places(tensors, chosen.weights))
+    if unplaced := sorted(tensors.keys() - {place.name for place in places.values()}):
+        raise ValueError(
+            f"a {chosen.model_type} checkpoint has no place for {unplaced[0]} and {len(unplaced) - 1} more of the "
+            "model's weights (of adapters: merge_lora or remove_lora first)"
+        )
     shapes = {name: torch.empty_like(tensors[place.name][place.index], device="meta") for name, place in places.items()}
     shards = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     folder.mkdir(parents=True, exist_ok=True)
-    for file, names in shards.filename_to_tensors.items():
+    files = shards.filename_to_tensors.items()
+    for file, names in tqdm(files, "files", leave=False, disable=None):
         # Copies, for safetensors refuses tensors that share memory, as the experts in one tensor do.
         shard = {name: tensors[places[name].name][places[name].index].cpu().clone() for name in names}
         shard = {name: weight.contiguous() for name, weight in shard.items()}
@@ -152,6 +161,7 @@ def to_hf(
     stale |= {INDEX_FILE} if not shards.is_sharded else set()
     for file in stale:
         (folder / file).unlink(missing_ok=True)
+    write_model_card(folder, model.config, dtype=hf_config.dtype, library="transformers")
 
 
 # --- reading
@@ -175,9 +185,8 @@ def _read_hf_config(folder: Path) -> "PreTrainedConfig":
     transformers = _transformers()
     file = folder / CONFIG_FILE
     try:
-        family_of(
-            json.loads(file.read_text(encoding="utf-8")).get("model_type")
-        )  # before transformers may ask for a model's own code
+        # Known before transformers reads it, which may ask for code of the model's own.
+        family_of(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
         return transformers.AutoConfig.from_pretrained(folder)
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {CONFIG_FILE}") from None
@@ -341,14 +350,7 @@ def _their_config(model: Transformer, family: str | None) -> "PreTrainedConfig":
 
 def _fitting_family(config: TransformerConfig) -> str:
     """The first family that says all a config does."""
-    problems = {name: differences(config, family) for name, family in FAMILIES.items()}
-    closest = min(problems, key=lambda name: len(problems[name]))
-    if problems[closest]:
-        raise ValueError(
-            f"no family of transformers has an equivalent of this model; the closest, {closest}, has none of its "
-            + "; ".join(problems[closest])
-        )
-    return closest
+    return fitting({name: differences(config, family) for name, family in FAMILIES.items()}, "family of transformers")
 
 
 def _transformers():

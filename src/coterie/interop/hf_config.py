@@ -82,8 +82,8 @@ def config_to_hf(config: TransformerConfig, family: Family) -> dict[str, Any]:
         theirs["qk_nope_head_dim"] = head_dim - config.rotary_dim
         theirs["v_head_dim"] = config.value_dim or head_dim - config.rotary_dim
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        rope["rope_type"], parameters = parse_rotary_scaling(config.rope_scaling)
+    if config.rotary_scaling is not None:
+        rope["rope_type"], parameters = parse_rotary_scaling(config.rotary_scaling)
         rope |= {name: int(value) if name.startswith("original") else value for name, value in parameters.items()}
     if family.partial_rotary:
         rope["partial_rotary_factor"] = (config.rotary_dim or head_dim) / head_dim
@@ -106,7 +106,7 @@ def differences(config: TransformerConfig, family: Family) -> list[str]:
     """What of a config a family does not say, each as "field = value (there ...)"."""
     problems = []
     said = {name for names in family.fields.values() for name in _several(names)}
-    said |= {"activation", "rope_theta", "rope_scaling", "feed_forwards", "hidden_dim"}
+    said |= {"activation", "rope_theta", "rotary_scaling", "feed_forwards", "hidden_dim"}
     said |= {"rotary_dim"} if family.partial_rotary else set()
     said |= {"qk_norm"} if family.optional_qk_norm else set()
     said |= {"head_dim"} if family.latent else set()
@@ -133,6 +133,22 @@ def differences(config: TransformerConfig, family: Family) -> list[str]:
         problems.append(f"shared_hidden_dim = {config.shared_hidden_dim} (there it is a multiple of {width})")
     problems += _pattern_problems(config, family)
     return problems
+
+
+def fitting(problems: Mapping[str, list[str]], whose: str) -> str:
+    """The first name that has no problems; ValueError says which those of the closest are.
+
+    Args:
+        problems: by name of a family, what of a model it does not say.
+        whose: "family of transformers", and the like.
+    """
+    closest = min(problems, key=lambda name: len(problems[name]))
+    if problems[closest]:
+        raise ValueError(
+            f"no {whose} has an equivalent of this model; the closest, {closest}, has none of its "
+            + "; ".join(problems[closest])
+        )
+    return closest
 
 
 def _says_nothing(config: TransformerConfig, name: str) -> bool:
@@ -183,7 +199,7 @@ def _rotary(family: Family, hf_config: "PreTrainedConfig", head_dim: int) -> dic
     theta = rope.pop("rope_theta")
     if factor != 1.0 and not family.partial_rotary:
         raise ValueError(f"{family.model_type} has no partial_rotary_factor, got {factor}")
-    return {"rope_theta": theta, "rope_scaling": scaling} | (
+    return {"rope_theta": theta, "rotary_scaling": scaling} | (
         {"rotary_dim": int(head_dim * factor)} if factor != 1.0 else {}
     )
 

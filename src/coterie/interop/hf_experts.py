@@ -82,7 +82,13 @@ def hf_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tens
         weights = weights.masked_fill(expert_ids >= self.num_experts, 0.0)
         expert_ids = expert_ids.clamp(max=self.num_experts)
     activation = _activation(self)
-    if activation is not None:
+    lora = getattr(self, "lora", None)  # `add_lora` gives it
+    if lora is not None and lora.applies:
+        gate = activation or (self._apply_gate if self.has_gate else self.act_fn)
+        norm = self.post_expert_norm if self.has_post_expert_norm else None
+        biases = {"gate_up_bias": up_bias, "down_bias": down_bias}
+        y = lora(x, expert_ids, weights, up, down, **biases, activation=gate, norm=norm)
+    elif activation is not None:
         biases = {"gate_up_bias": up_bias, "down_bias": down_bias}
         forward = packed_expert_mlp if isinstance(self, Packed) else expert_mlp
         y = forward(x, expert_ids, weights, up, down, **biases, activation=activation)

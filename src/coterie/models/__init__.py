@@ -3,6 +3,7 @@
 from coterie.models.cache import KVCache
 from coterie.models.config import TransformerConfig
 from coterie.models.generation import generate
+from coterie.models.lora import load_lora, save_lora
 from coterie.models.presets import PRESETS, dense_twin, preset
 from coterie.models.transformer import Transformer, TransformerOutput
 
@@ -14,5 +15,7 @@ __all__ = [
     "TransformerOutput",
     "dense_twin",
     "generate",
+    "load_lora",
     "preset",
+    "save_lora",
 ]

@@ -49,7 +49,7 @@ class TransformerConfig:
         output_bias: a bias on the attention's output projection.
         attention_scale: what scores are multiplied by; None: P^-0.5.
         rope_theta: the rotary embedding's base.
-        rope_scaling: of a model that was trained on shorter texts; see `coterie.RotaryEmbedding`. None: none.
+        rotary_scaling: of a model that was trained on shorter texts; see `coterie.RotaryEmbedding`. None: none.
         rotary_dim: the first channels of a head, as many as these, are turned by the rotary embedding, the others are
             left as they are (glm4_moe); even; None: all P. Of "latent_attention" the last channels, and not all.
         rotary_interleaved: the rotary embedding turns pairs of neighbouring channels (deepseek_v3), not those half of
@@ -96,7 +96,7 @@ class TransformerConfig:
     output_bias: bool = False
     attention_scale: float | None = None
     rope_theta: float = 10000.0
-    rope_scaling: str | None = None
+    rotary_scaling: str | None = None
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
     embedding_scale: float = 1.0
@@ -132,8 +132,8 @@ class TransformerConfig:
         if "moe" in self.feed_forwards:
             self._check_router()
         activation_is_gated(self.activation)
-        if self.rope_scaling is not None:
-            parse_rotary_scaling(self.rope_scaling)
+        if self.rotary_scaling is not None:
+            parse_rotary_scaling(self.rotary_scaling)
 
     def _check_patterns(self) -> None:
         for name, accepted in (("mixers", MIXERS), ("feed_forwards", FEED_FORWARDS)):

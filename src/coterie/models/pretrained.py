@@ -11,7 +11,7 @@ that class writes is read here.
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -31,13 +31,17 @@ def save_pretrained(path: str | os.PathLike, config: TransformerConfig, state_di
     """Write config.json and model.safetensors to the folder `path`, which is made if it is not there.
 
     A tied head is no tensor of its own and is not written. Tensors keep their dtype.
+
+    Raises:
+        ValueError: the state has adapters in it, for which the folder has no place.
     """
+    if any(".lora.adapters." in name for name in state_dict):
+        raise ValueError(
+            "the model has adapters: save them with save_lora, and merge_lora or not, then remove_lora before the rest"
+        )
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    # "format" is what other readers of safetensors look for.
-    metadata = {"format": "pt", "crc32": json.dumps({name: _checksum(t) for name, t in tensors.items()})}
-    write_atomically(folder / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata=metadata))
+    write_tensors(folder / WEIGHTS_FILE, state_dict)
     text = json.dumps({**FOR_TRANSFORMERS, **config.to_dict()}, indent=2) + "\n"
     write_atomically(folder / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
 
@@ -81,10 +85,10 @@ def load_weights(
         pickled = sorted(found.name for pattern in _PICKLED for found in folder.glob(pattern))
         hint = f" ({pickled[0]} is pickled: reading it could run any code, so it is not read)" if pickled else ""
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}{hint}")
-    tensors = _read_weights(file)
+    tensors, _ = read_tensors(file)
     if all(name.startswith("model.") for name in tensors):  # transformers' class has the model in `.model`
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    _check_names_and_shapes(file, tensors, model.state_dict())
+    check_names_and_shapes(file, tensors, model.state_dict())
     parameters = {name for name, _ in model.named_parameters()}
     placed = {
         name: tensor.to(device=device or "cpu", dtype=dtype if name in parameters else tensor.dtype)
@@ -125,8 +129,21 @@ def _folder(path: str | os.PathLike) -> Path:
     return folder
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, in memory of its own."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file with a checksum of every tensor, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    checksums = json.dumps({name: _checksum(t) for name, t in tensors.items()})
+    # "format" is what other readers of safetensors look for.
+    metadata = {**(metadata or {}), "format": "pt", "crc32": checksums}
+    write_atomically(path, lambda file: save_file(tensors, file, metadata=metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of a safetensors file, in memory of its own, and the file's metadata.
+
+    Raises:
+        ValueError: it is pickled, cut short, changed, or no such file at all.
+    """
     with path.open("rb") as file:
         start = file.read(2)
     if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
@@ -143,24 +160,31 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     if changed:
         raise ValueError(f"{path} is corrupted: {_listed(changed)} differs from the checksum it was saved with")
-    return tensors
+    return tensors, metadata
 
 
-def _check_names_and_shapes(path: Path, got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def check_names_and_shapes(
+    path: Path,
+    got: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    whole: str = f"its {CONFIG_FILE}",
+    maker: str = "the config",
+) -> None:
+    """Raises ValueError unless both have the same names, with tensors of the same shapes."""
     problems = []
     if missing := sorted(wanted.keys() - got.keys()):
         problems.append(f"missing {_listed(missing)}")
     if unexpected := sorted(got.keys() - wanted.keys()):
         problems.append(f"unexpected {_listed(unexpected)}")
     shapes = [
-        f"{name} ({list(got[name].shape)}, the config makes it {list(wanted[name].shape)})"
+        f"{name} ({list(got[name].shape)}, {maker} makes it {list(wanted[name].shape)})"
         for name in sorted(wanted.keys() & got.keys())
         if got[name].shape != wanted[name].shape
     ]
     if shapes:
         problems.append(f"of another shape {_listed(shapes)}")
     if problems:
-        raise ValueError(f"{path} does not fit its {CONFIG_FILE}: " + "; ".join(problems))
+        raise ValueError(f"{path} does not fit {whole}: " + "; ".join(problems))
 
 
 def _listed(names: list[str], most: int = 5) -> str:

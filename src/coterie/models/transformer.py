@@ -128,7 +128,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps, **place)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False, **place)
         head_dim = config.head_dim or config.dim // config.num_heads
-        self.rotary = RotaryEmbedding(config.rotary_dim or head_dim, config.rope_theta, config.rope_scaling)
+        self.rotary = RotaryEmbedding(config.rotary_dim or head_dim, config.rope_theta, config.rotary_scaling)
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type != "meta":
             self.to_empty(device=device)

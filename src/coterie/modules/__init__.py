@@ -4,6 +4,15 @@ from coterie.modules.attention import Attention
 from coterie.modules.experts import Experts
 from coterie.modules.gated_mlp import GatedMLP
 from coterie.modules.latent_attention import LatentAttention
+from coterie.modules.lora import (
+    adapter_names,
+    add_lora,
+    lora_parameters,
+    merge_lora,
+    remove_lora,
+    set_adapter,
+    unmerge_lora,
+)
 from coterie.modules.moe import MoE
 from coterie.modules.norm import RMSNorm
 from coterie.modules.packed import pack_for_inference, unpack
@@ -19,6 +28,13 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "TopKRouter",
+    "adapter_names",
+    "add_lora",
+    "lora_parameters",
+    "merge_lora",
     "pack_for_inference",
+    "remove_lora",
+    "set_adapter",
+    "unmerge_lora",
     "unpack",
 ]

@@ -57,18 +57,16 @@ class Experts(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        return expert_mlp(
-            x,
-            routing.expert_ids,
-            routing.weights,
-            self.gate_up_proj,
-            self.down_proj,
-            gate_up_bias=self.gate_up_bias,
-            down_bias=self.down_bias,
-            activation=self.activation,
-            recompute=self.recompute,
-            impl=self.impl,
-        )
+        tensors = (x, routing.expert_ids, routing.weights, self.gate_up_proj, self.down_proj)
+        settings = {
+            "gate_up_bias": self.gate_up_bias,
+            "down_bias": self.down_bias,
+            "activation": self.activation,
+            "recompute": self.recompute,
+            "impl": self.impl,
+        }
+        lora = getattr(self, "lora", None)  # `add_lora` gives it
+        return (lora if lora is not None and lora.applies else expert_mlp)(*tensors, **settings)
 
     def extra_repr(self) -> str:
         num_experts, dim, hidden_dim = self.down_proj.shape

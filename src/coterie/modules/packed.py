@@ -72,8 +72,8 @@ class Packed:
 class PackedLinear(Packed, nn.Linear):
     """A linear layer by a packed matrix."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self.packed["weight"], self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return packed_linear(input, self.packed["weight"], self.bias)
 
 
 class PackedExperts(Packed, Experts):
@@ -101,8 +101,8 @@ class PackedAttention(Packed, Attention):
 
     def _project(self, x: Tensor) -> Sequence[Tensor]:
         parts = _projections(self)
-        if any(type(part) is not PackedLinear or part._forward_hooks or part._forward_pre_hooks for part in parts):
-            return super()._project(x)  # someone takes part in one of them
+        if not _all_plainly(PackedLinear, parts):
+            return super()._project(x)
         bias = None if self.q_proj.bias is None else torch.cat([part.bias for part in parts])
         y = packed_linear(x, self.q_proj.packed["weight"].whole, bias)
         return y.split([part.out_features for part in parts], dim=-1)
@@ -131,8 +131,8 @@ def pack_for_inference(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: the CPU or this build of torch has no fast packed products, nothing in the model can be packed, or
-            its experts run by another implementation.
+        ValueError: the CPU or this build of torch has no fast packed products, nothing in the model can be packed, its
+            experts run by another implementation, or it has adapters (`add_lora`).
     """
     dtypes = packable_dtypes()
     if not dtypes:
@@ -149,6 +149,10 @@ def pack_for_inference(model: nn.Module) -> nn.Module:
     if not fit and len(modules) == len(list(model.modules())):
         got = ", ".join(sorted(set().union(*kinds.values()))) or "none"
         raise ValueError(f"model must have linear layers or experts in {' or '.join(sorted(accepted))}, got {got}")
+    if any(getattr(module, "lora", None) is not None for module in modules):
+        raise ValueError(
+            "model has adapters, which packed weights cannot take: merge_lora(model) and remove_lora(model)"
+        )
     for module in fit:
         if _is_hf_experts(module) and (name := module.config._experts_implementation) != "coterie":
             raise ValueError(
@@ -207,9 +211,14 @@ def _projections(attention: Attention) -> tuple[nn.Module, ...]:
     return attention.q_proj, attention.k_proj, attention.v_proj
 
 
+def _all_plainly(kind: type[nn.Module], parts: Sequence[nn.Module]) -> bool:
+    """Whether all are of this very class, and nobody looks at what they do."""
+    return not any(type(part) is not kind or part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
 def _pack_projections(attention: Attention) -> None:
     parts, stop = _projections(attention), 0
-    if len({(part.weight.dtype, part.bias is None) for part in parts}) > 1:
+    if not _all_plainly(nn.Linear, parts) or len({(part.weight.dtype, part.bias is None) for part in parts}) > 1:
         return
     whole = PackedMatrix(torch.cat([part.weight.detach() for part in parts]))
     for part in parts:

@@ -58,16 +58,16 @@ class RotaryEmbedding(nn.Module):
 
 def parse_rotary_scaling(text: str) -> tuple[str, dict[str, float]]:
     """Name and parameters of a `RotaryEmbedding`'s scaling; ValueError says what there is."""
-    name, parameters = parse_spec(text, "rope_scaling", "linear(factor=4.0)")
+    name, parameters = parse_spec(text, "rotary_scaling", "linear(factor=4.0)")
     if name not in ROTARY_SCALINGS:
-        raise ValueError(f"rope_scaling must be one of {', '.join(ROTARY_SCALINGS)}, got {text!r}")
+        raise ValueError(f"rotary_scaling must be one of {', '.join(ROTARY_SCALINGS)}, got {text!r}")
     if parameters.keys() != ROTARY_SCALINGS[name]:
-        raise ValueError(f"rope_scaling {name!r} takes {sorted(ROTARY_SCALINGS[name])}, got {sorted(parameters)}")
+        raise ValueError(f"rotary_scaling {name!r} takes {sorted(ROTARY_SCALINGS[name])}, got {sorted(parameters)}")
     for parameter, value in parameters.items():
         if not 0 < value < math.inf:
-            raise ValueError(f"rope_scaling's {parameter} must be positive, got {value}")
+            raise ValueError(f"rotary_scaling's {parameter} must be positive, got {value}")
     if name == "llama3" and not parameters["low_freq_factor"] < parameters["high_freq_factor"]:
-        raise ValueError(f"rope_scaling's low_freq_factor must be less than its high_freq_factor, got {text!r}")
+        raise ValueError(f"rotary_scaling's low_freq_factor must be less than its high_freq_factor, got {text!r}")
     return name, parameters
 
 

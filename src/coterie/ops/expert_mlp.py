@@ -58,7 +58,7 @@ def expert_mlp(
         NotImplementedError: forward-mode differentiation of impl="torch"; the reference has it.
     """
     impl = choose_impl(impl)
-    _check(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation)
+    check_mlp(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation)
     device = x.device.type
     matrices = {
         "gate_up_proj": gate_up_proj,
@@ -197,7 +197,8 @@ def _executor(x: Tensor) -> ModuleType:
     return _expert_mlp_cpu if x.device.type == "cpu" else _expert_mlp_device
 
 
-def _check(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation):
+def check_mlp(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation):
+    """Raises for the shapes and dtypes that the op's docstring does not allow."""
     check_tensor("x", x, (None, None), "[T, D]")
     check_tensor("expert_ids", expert_ids, (x.shape[0], None), "[T, K]", dtype=torch.int64)
     check_tensor("weights", weights, tuple(expert_ids.shape), "[T, K]")

@@ -186,7 +186,7 @@ def _topk_keys(selection: Tensor, top_k: int) -> Tensor:
     A float32's bits order like an integer once the negative ones are flipped; the low half of the key holds the
     expert, the lower id the larger.
     """
-    if selection.dtype == torch.float64:
+    if selection.dtype == torch.float64 or torch.compiler.is_exporting():  # ONNX has no bits of a float
         return _topk_sort(selection, top_k)
     bits = (selection + 0.0).view(torch.int32)  # + 0.0: no negative zero
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)

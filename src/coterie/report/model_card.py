@@ -18,7 +18,7 @@ MARK = "<!-- Written by coterie, anew with every save. Delete this line to keep 
 
 _CARD = """\
 ---
-library_name: coterie
+library_name: {library}
 pipeline_tag: text-generation
 tags:
 {tags}
@@ -40,6 +40,19 @@ What one token costs, layer by layer:
 
 In the model's folder:
 
+{use}
+
+## Licence, data and limits
+
+Not stated yet. Whoever publishes the model says here what it was trained on and what it is not for, and puts its
+licence into the header above, as `license: ...`.
+
+{mark}
+"""
+
+# By the library in whose format the folder is.
+_USE = {
+    "coterie": """\
 ```python
 import coterie
 import torch
@@ -56,15 +69,22 @@ from transformers import AutoModelForCausalLM
 
 coterie.interop.register_hf()
 model = AutoModelForCausalLM.from_pretrained(".")
+```""",
+    "transformers": """\
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".")
 ```
 
-## Licence, data and limits
+Or as coterie's own, after `pip install 'coterie[hf]'`:
 
-Not stated yet. Whoever publishes the model says here what it was trained on and what it is not for, and puts its
-licence into the header above, as `license: ...`.
+```python
+from coterie.interop import from_hf
 
-{mark}
-"""
+model = from_hf(".")
+```""",
+}
 
 
 def model_card(
@@ -73,6 +93,7 @@ def model_card(
     dtype: torch.dtype = torch.float32,
     cost: ModelCost | None = None,
     facts: Mapping[str, object] | None = None,
+    library: str = "coterie",
 ) -> str:
     """A model's card: Markdown under the YAML header that the Hugging Face Hub reads.
 
@@ -81,6 +102,7 @@ def model_card(
         dtype: of its weights.
         cost: what `model_cost` counted; None: count it at config.max_length in `dtype`.
         facts: more rows of the first table, by name: what it was trained on, what it reached.
+        library: in whose format the folder is: "coterie" | "transformers".
     """
     cost = cost or _cost(config, dtype)
     total = cost.total
@@ -97,6 +119,8 @@ def model_card(
         facts="\n".join(table),
         cost=format_cost(cost),
         mark=MARK,
+        library=library,
+        use=_USE[library],
     )
 
 
@@ -107,6 +131,7 @@ def write_model_card(
     dtype: torch.dtype = torch.float32,
     cost: ModelCost | None = None,
     facts: Mapping[str, object] | None = None,
+    library: str = "coterie",
 ) -> bool:
     """Write `model_card` as the README.md of a folder that is there, unless it has one that coterie did not write.
 
@@ -116,7 +141,7 @@ def write_model_card(
     path = Path(folder) / CARD_FILE
     if path.exists() and not is_own_card(path):
         return False
-    text = model_card(config, dtype=dtype, cost=cost, facts=facts)
+    text = model_card(config, dtype=dtype, cost=cost, facts=facts, library=library)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return True
 
