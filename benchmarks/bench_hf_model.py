@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
@@ -23,14 +24,18 @@ import _tell
 from _bench import Case, Contender, Result
 from coterie.interop import from_hf, register_hf
 from coterie.models import generate
+from coterie.modules import pack_for_inference
+from coterie.ops._packed import packable_dtypes
 from coterie.report import format_table, human_bytes
 
 TRAINING, PREFILL, DECODE = "training step", "prefill", "generation"
 HF_KINDS = ("grouped_mm", "batched_mm", "eager")
 BASELINE = "HF grouped_mm"
 DROP_IN, OWN, LIMIT = "HF, our experts", "our Transformer", "HF without experts"
+PACKED_DROP_IN, PACKED_OWN = f"{DROP_IN}, packed", f"{OWN}, packed"
 # Over the fastest of transformers' own.
 BARS = {DROP_IN: {TRAINING: 2.2, PREFILL: 1.6, DECODE: 1.3}, OWN: {TRAINING: 3.0, PREFILL: 2.0, DECODE: 2.0}}
+BARS |= {PACKED_DROP_IN: {PREFILL: 1.6, DECODE: 1.3}, PACKED_OWN: {PREFILL: 2.0, DECODE: 2.0}}
 # Against the same weights in float32. In bfloat16 a router's near tie is now and then another expert.
 _TOLERANCES = {"bfloat16": 0.1, "float32": 1e-4}
 
@@ -122,7 +127,7 @@ def bars(results: Sequence[Result]) -> list[dict]:
     for result in results:
         best = result.fastest([f"HF {kind}" for kind in HF_KINDS])
         what = result.labels["pass"]
-        for name, bar in ((name, bars[what]) for name, bars in BARS.items()):
+        for name, bar in ((name, bars[what]) for name, bars in BARS.items() if what in bars):
             if best and (ratio := result.ratio(name, best)):
                 found.append(
                     {"what": name, "pass": what, "value": ratio.median, "bar": bar, "met": ratio.median >= bar}
@@ -196,8 +201,24 @@ class _Models:
             self._contender(what, OWN, lambda ids: ours(self.ours, ids)),
             Contender(LIMIT, self._without_experts(theirs), lambda ids: {}, {}),
         ]
+        if what != TRAINING:
+            skip = "" if self.dtype in packable_dtypes() else f"{options.dtype} is not packed on this machine"
+            contenders += [
+                self._contender(what, PACKED_DROP_IN, lambda ids: theirs(self.theirs_packed, ids), skip=skip),
+                self._contender(what, PACKED_OWN, lambda ids: ours(self.ours_packed, ids), skip=skip),
+            ]
         labels = {"pass": what, "B": shape[0], "L": shape[1], "dtype": options.dtype, "layers": options.layers}
         return Case(labels, BASELINE, contenders, make_inputs)
+
+    @cached_property
+    def theirs_packed(self) -> nn.Module:
+        model = copy.deepcopy(self.theirs)
+        model.set_experts_implementation("coterie")
+        return pack_for_inference(model)
+
+    @cached_property
+    def ours_packed(self) -> nn.Module:
+        return pack_for_inference(copy.deepcopy(self.ours))
 
     def equal_tokens(self) -> tuple[int, int]:
         """How many greedy tokens are equal, and of how many; in float32, where rounding does not choose."""

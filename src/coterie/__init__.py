@@ -14,7 +14,18 @@ from coterie.models import (
     generate,
     preset,
 )
-from coterie.modules import Attention, Experts, GatedMLP, LatentAttention, MoE, RMSNorm, RotaryEmbedding, TopKRouter
+from coterie.modules import (
+    Attention,
+    Experts,
+    GatedMLP,
+    LatentAttention,
+    MoE,
+    RMSNorm,
+    RotaryEmbedding,
+    TopKRouter,
+    pack_for_inference,
+    unpack,
+)
 from coterie.ops import (
     Routing,
     balance_loss,
@@ -47,8 +58,10 @@ __all__ = [
     "expert_mlp",
     "generate",
     "grouped_matmul",
+    "pack_for_inference",
     "preset",
     "route_topk",
     "selection_bias_update",
+    "unpack",
     "z_loss",
 ]

@@ -8,10 +8,17 @@ transformers = pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from _check import relative_error  # noqa: E402
+from coterie import pack_for_inference, unpack  # noqa: E402
 from coterie.interop import register_hf  # noqa: E402
+from coterie.modules.packed import Packed  # noqa: E402
+from coterie.ops._packed import packable_dtypes  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+needs_bfloat16 = pytest.mark.skipif(
+    torch.bfloat16 not in packable_dtypes(), reason="no oneDNN with bfloat16 instructions on this machine"
+)
 
 # Whatever of these a family's config has.
 SMALL = {
@@ -217,3 +224,60 @@ def test_what_cannot_be_served_is_refused_by_name():
     del module.gate_up_proj
     with pytest.raises(ValueError, match=r"cannot serve MixtralExperts: its gate_up_proj .* got NoneType"):
         module(*inputs)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_is_no_worse_and_unpacks_to_what_it_was(family, ids):
+    model, exact = make_model(family, torch.bfloat16).eval(), make_model(family).to(torch.bfloat16).float()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    module, exact_module = (experts_of(m)[0] for m in (model, exact))
+    dim, number = module.down_proj.shape[2 if module.is_transposed else 1], module.num_experts
+    inputs = []
+    for tokens in (1, 40):  # row by row, and sorted
+        x, weights = torch.randn(tokens, dim).bfloat16(), torch.rand(tokens, 2).bfloat16()
+        inputs.append((x, torch.rand(tokens, number).topk(2).indices, weights))
+    with torch.no_grad():
+        wanted = [exact_module(x.float(), ids, weights.float()) for x, ids, weights in inputs]
+        eager = [module(*each) for each in inputs]
+        model.set_experts_implementation("coterie")
+        pack_for_inference(model)
+        got = [module(*each) for each in inputs]
+        assert torch.equal(*(model(ids, use_cache=False).logits for _ in range(2)))
+    assert all(isinstance(each, Packed) for each in experts_of(model))
+    for y, theirs, right in zip(got, eager, wanted, strict=True):
+        assert relative_error(y, right) < 1.5 * relative_error(theirs, right)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    unpack(model)
+    assert not any(isinstance(each, Packed) for each in model.modules())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.skipif(torch.float32 not in packable_dtypes(), reason="float32 is not packed on this machine")
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"])
+def test_packed_generates_the_same_tokens(family, ids):
+    model = make_model(family).eval()
+    wanted = model.generate(ids, max_new_tokens=8, do_sample=False)
+    model.set_experts_implementation("coterie")
+    assert torch.equal(pack_for_inference(model).generate(ids, max_new_tokens=8, do_sample=False), wanted)
+
+
+@needs_bfloat16
+def test_a_packed_model_saves_its_plain_weights(tmp_path, ids):
+    model = make_model("qwen3_moe", torch.bfloat16).eval()
+    model.set_experts_implementation("coterie")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pack_for_inference(model).save_pretrained(tmp_path)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@needs_bfloat16
+def test_packing_asks_for_the_implementation():
+    model = make_model("mixtral", torch.bfloat16)
+    with pytest.raises(ValueError, match=r"for experts_implementation 'coterie', got 'eager': call .*register_hf"):
+        pack_for_inference(model)
+    assert not any(isinstance(module, Packed) for module in model.modules())

@@ -13,7 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from coterie.modules.packed import Packed
 from coterie.ops._autocast import autocast_dtype
+from coterie.ops._expert_mlp_packed import packed_expert_mlp
+from coterie.ops._packed import PackedStack, packed_grouped_matmul
 from coterie.ops._rows import sort_rows, sum_slots
 from coterie.ops.expert_mlp import expert_mlp
 from coterie.ops.grouped_matmul import grouped_matmul
@@ -71,7 +74,7 @@ def hf_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tens
     Raises:
         ValueError: the module's weights are not what the interface says, or are quantized; the module is named.
     """
-    up, down, up_bias, down_bias = _weights(self)
+    up, down, up_bias, down_bias = _packed_weights(self) if isinstance(self, Packed) else _weights(self)
     x = hidden_states if autocast_dtype(hidden_states.device.type) else hidden_states.to(up.dtype)
     expert_ids = top_k_index.to(torch.int64)
     weights = top_k_weights
@@ -87,7 +90,8 @@ def hf_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tens
         y = lora(x, expert_ids, weights, up, down, **biases, activation=gate, norm=norm)
     elif activation is not None:
         biases = {"gate_up_bias": up_bias, "down_bias": down_bias}
-        y = expert_mlp(x, expert_ids, weights, up, down, **biases, activation=activation)
+        forward = packed_expert_mlp if isinstance(self, Packed) else expert_mlp
+        y = forward(x, expert_ids, weights, up, down, **biases, activation=activation)
     else:
         y = _by_their_own_gate(self, x, expert_ids, weights, up, down, up_bias, down_bias)
     return y.to(hidden_states.dtype)
@@ -109,6 +113,12 @@ def _weights(self: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor | N
     return up, down, *(found[2:] or (None, None))
 
 
+def _packed_weights(self: Packed) -> tuple[PackedStack, PackedStack, Tensor | None, Tensor | None]:
+    first = "gate_up_proj" if self.has_gate else "up_proj"
+    biases = (self.get_parameter(f"{name}_bias") if self.has_bias else None for name in (first, "down_proj"))
+    return self.packed[first], self.packed["down_proj"], *biases
+
+
 def _activation(self: nn.Module) -> str | None:
     """What `expert_mlp` calls this module's activation; None where it does something else than that."""
     plain = type(self)._apply_gate in _PLAIN_GATES and self.is_concatenated
@@ -122,10 +132,12 @@ def _by_their_own_gate(self, x, expert_ids, weights, up, down, up_bias, down_bia
     order, counts = sort_rows(expert_ids, self.num_experts)
     token = order // expert_ids.shape[1]
     if dtype := autocast_dtype(x.device.type):
-        x, up, down, up_bias, down_bias = (t if t is None else t.to(dtype) for t in (x, up, down, up_bias, down_bias))
-    hidden = grouped_matmul(x, up, counts, rows=token, bias=up_bias)  # [N, 2F]
+        tensors = (x, up, down, up_bias, down_bias)
+        x, up, down, up_bias, down_bias = (t.to(dtype) if isinstance(t, Tensor) else t for t in tensors)
+    multiply = packed_grouped_matmul if isinstance(self, Packed) else grouped_matmul
+    hidden = multiply(x, up, counts, rows=token, bias=up_bias)  # [N, 2F]
     hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-    rows = grouped_matmul(hidden.to(down.dtype), down, counts, bias=down_bias)  # [N, D]
+    rows = multiply(hidden.to(down.dtype), down, counts, bias=down_bias)  # [N, D]
     if self.has_post_expert_norm:
         rows = self.post_expert_norm(rows)
     return sum_slots(rows, order, weights)

@@ -13,6 +13,7 @@ from coterie.models.config import TransformerConfig
 from coterie.models.pretrained import load_weights, read_config, save_pretrained
 from coterie.modules._init import init_normal
 from coterie.modules.attention import Attention, AttentionCache
+from coterie.modules.embedding import TiedEmbedding
 from coterie.modules.gated_mlp import GatedMLP
 from coterie.modules.latent_attention import LatentAttention
 from coterie.modules.moe import MoE
@@ -121,7 +122,8 @@ class Transformer(nn.Module):
         # Built without memory first, so that the weights are drawn once, by the rule above, and not by every module.
         place = {"device": "meta", "dtype": dtype}
         # Its own constructor would draw, even there.
-        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim, **place), freeze=False)
+        embedding = TiedEmbedding if config.tie_embeddings else nn.Embedding
+        self.embedding = embedding.from_pretrained(torch.empty(config.vocab_size, config.dim, **place), freeze=False)
         self.layers = nn.ModuleList(TransformerLayer(config, i, **place) for i in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps, **place)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False, **place)
@@ -179,7 +181,7 @@ class Transformer(nn.Module):
         if num_logits is not None:
             x = x[:, max(x.shape[1] - num_logits, 0) :]
         x = self.norm(x)
-        logits = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        logits = _tied_logits(self.embedding, x) if self.head is None else self.head(x)
         if self.config.logit_divisor != 1:
             logits = logits / self.config.logit_divisor
         return TransformerOutput(logits, tuple(routings))
@@ -286,6 +288,12 @@ def _moe(config: TransformerConfig, **place) -> MoE:
         recompute=config.recompute,
         **place,
     )
+
+
+def _tied_logits(embedding: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(embedding, TiedEmbedding):
+        return embedding.logits(x)
+    return F.linear(x, embedding.weight)  # put in its place by someone: an adapter
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:

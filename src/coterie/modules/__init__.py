@@ -15,6 +15,7 @@ from coterie.modules.lora import (
 )
 from coterie.modules.moe import MoE
 from coterie.modules.norm import RMSNorm
+from coterie.modules.packed import pack_for_inference, unpack
 from coterie.modules.rotary import RotaryEmbedding
 from coterie.modules.router import TopKRouter
 
@@ -31,7 +32,9 @@ __all__ = [
     "add_lora",
     "lora_parameters",
     "merge_lora",
+    "pack_for_inference",
     "remove_lora",
     "set_adapter",
     "unmerge_lora",
+    "unpack",
 ]

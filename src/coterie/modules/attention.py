@@ -1,5 +1,7 @@
 """Causal attention with grouped queries (Ainslie et al., arXiv:2305.13245), and the cache it decodes with."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -124,20 +126,24 @@ class Attention(nn.Module):
         """
         if token_mask is not None:
             x = without_padding(x, token_mask)
-        queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        queries, keys, values = self._project(x)
         if self.qk_norm == "all":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in (queries, keys, values))  # [B, L, .., P]
         if self.qk_norm == "head":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries = apply_rotary(queries, rotary, self.rotary_interleaved).transpose(1, 2)  # [B, H, L, P]
-        keys = apply_rotary(keys, rotary, self.rotary_interleaved).transpose(1, 2)
+        turned = apply_rotary(torch.cat((queries, keys), dim=2), rotary, self.rotary_interleaved).transpose(1, 2)
+        queries, keys = turned.split((self.num_heads, self.num_kv_heads), dim=1)  # [B, H, L, P], [B, G, L, P]
         values = values.transpose(1, 2)
         key_mask = token_mask
         if cache_layer is not None:
             keys, values, key_mask = cache_layer.append(keys, values, token_mask)
         y = causal_attention(queries, keys, values, key_mask, self.scale)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def _project(self, x: Tensor) -> Sequence[Tensor]:
+        """[B, L, D] → queries [B, L, H·P], keys and values [B, L, G·P]."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
 def causal_attention(

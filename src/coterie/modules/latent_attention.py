@@ -99,6 +99,8 @@ class LatentAttention(nn.Module):
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
 
+    keeps_plain = ("kv_b_proj",)  # by `pack_for_inference`: absorbed, it is no linear layer
+
     def new_cache(
         self,
         batch_size: int,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from coterie.modules.experts import Experts
 from coterie.modules.lora_layers import Adapter, ExpertsLoRA, LinearLoRA, LoRA, LoRASettings, LowRank
+from coterie.modules.packed import Packed
 from coterie.ops.lora import check_adapter_ids
 
 
@@ -292,6 +293,8 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _check_site(site: str, module: nn.Module, matrix: str) -> None:
+    if isinstance(module, Packed):
+        raise ValueError(f"{site} is packed for inference and takes no adapter: coterie.unpack(model) first")
     if isinstance(module, nn.Linear):
         return
     weight = getattr(module, matrix, None)

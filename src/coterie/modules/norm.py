@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Numbers for which calls cost more than arithmetic.
+_FEW = 4096
+
 
 class RMSNorm(nn.Module):
     """y = weight · x / sqrt(mean(x²) + eps), over the last dimension.
@@ -38,6 +41,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[.., dim] → [.., dim]."""
         if x.dtype == self.weight.dtype:
+            if x.device.type == "cpu" and x.numel() <= _FEW and not torch.compiler.is_compiling():
+                # Beside -x its mean is 0, and its variance the mean of its squares: one kernel, where rms_norm is ten.
+                both, weight = torch.cat((x, -x), dim=-1), torch.cat((self.weight, self.weight))
+                return F.layer_norm(both, (2 * self.dim,), weight, None, self.eps)[..., : self.dim]
             return F.rms_norm(x, (self.dim,), self.weight, self.eps)  # accumulates half types in float32
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
         return F.rms_norm(x.to(dtype), (self.dim,), self.weight.to(dtype), self.eps).to(x.dtype)

@@ -94,8 +94,10 @@ def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool = F
     """
     cos, sin = (part.unsqueeze(-2) for part in rotary)  # [.., L, 1, R/2]
     half = cos.shape[-1]
-    pairs, rest = x.split((2 * half, x.shape[-1] - 2 * half), dim=-1)
-    shape, axis = ((half, 2), -1) if interleaved else ((2, half), -2)
-    first, second = pairs.unflatten(-1, shape).unbind(axis)
-    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), axis).flatten(-2).to(x.dtype)
+    if interleaved:
+        first, second, rest = x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2], x[..., 2 * half :]
+    else:
+        first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    turned = (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x.dtype)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from coterie.modules._init import init_normal
 from coterie.modules._padding import without_padding
+from coterie.ops._autocast import autocast_dtype
 from coterie.ops.balance import selection_bias_update
 from coterie.ops.routing import Routing, route_topk
 
@@ -75,9 +76,7 @@ class TopKRouter(nn.Module):
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Routing:
         if token_mask is not None:
             x = without_padding(x, token_mask)
-        # Some devices (meta) have no autocast to switch off.
-        has_autocast = torch.amp.is_autocast_available(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
+        with torch.autocast(x.device.type, enabled=False) if autocast_dtype(x.device.type) else nullcontext():
             bias = None if self.bias is None else self.bias.float()
             logits = F.linear(x.reshape(-1, x.shape[-1]).float(), self.weight.float(), bias)  # [T, E]
             return self._route(logits, self.selection_bias, None if token_mask is None else token_mask.flatten())

@@ -134,18 +134,19 @@ class Layout:
         return rows.index_select(0, self.source[chunk.rows])
 
 
-def lay_out(counts: Tensor, dtype: torch.dtype, matrix: Sequence[int]) -> Layout:
+def lay_out(counts: Tensor, dtype: torch.dtype, matrix: Sequence[int], *, side_by_side: bool = True) -> Layout:
     """Groups neighbouring experts with few rows, cuts those with many, pads to what the library likes.
 
     Args:
         counts: [E], rows of each expert.
         dtype: the rows'.
         matrix: the two sizes of an expert's matrix, the larger if it has two.
+        side_by_side: whether products of neighbours may be one.
     """
     work, heights, chunks = matmul_dtype(dtype), counts.tolist(), []
     capacity = _CHUNK_NUMBERS // max(matrix)
     spare = _CALL_WORK * 4 // work.itemsize // (2 * matrix[0] * matrix[1])
-    sizes = batch_sizes(dtype)
+    sizes = batch_sizes(dtype) if side_by_side else ()
     expert = start = row = 0
     while expert < len(heights):
         if not heights[expert]:
