@@ -22,6 +22,9 @@ from typing import Annotated, Any, TypeVar
 
 # The profiler's C++ side announces its start and stop on stderr, in the middle of the progress bar.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+# oneDNN keeps the last 1024 programs that it built. Contenders in turns would evict each other's, and pay for building
+# them again what none of them pays alone.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100000")
 
 import torch
 import tyro
