@@ -322,6 +322,11 @@ def test_an_export_that_cannot_be_is_one_line(compared, tmp_path, capsys, monkey
     assert complaint(capsys) == "coterie export: --dtype is of --format gguf only, got --format onnx"
     assert main(["export", str(out), "--format", "hf", "--out", f"{out}/moe"]) == 2
     assert f"{out}/moe holds a coterie model, which would be overwritten" in complaint(capsys)
+    assert main([*onnx, "--out", f"{out}/moe/model.safetensors"]) == 2
+    assert (
+        complaint(capsys)
+        == f"coterie export: --out {out}/moe/model.safetensors has the name of a run's own file: give another"
+    )
     Transformer(replace(CONFIG, activation="relu2")).save_pretrained(tmp_path / "relu2")
     for name in ("hf", "gguf"):
         pytest.importorskip({"hf": "transformers"}.get(name, name))

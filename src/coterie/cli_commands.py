@@ -321,6 +321,8 @@ def run_export(options: Export) -> int:
 
     folder = _model_folder(options.run)
     out = Path(options.out or folder / {"hf": "hf", "gguf": "model.gguf", "onnx": "model.onnx"}[options.format])
+    if options.format != "hf" and out.name in (RUN_FILE, *RUN_FILES):
+        raise ValueError(f"--out {out} has the name of a run's own file: give another")
     model = Transformer.from_pretrained(folder).eval()
     byte_vocabulary = model.config.vocab_size == ByteTokenizer.vocab_size
     if options.format == "hf":

@@ -371,6 +371,12 @@ print(peak("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "mscale_all_dim": 1.0}},
             "scaling, rope_type = 'yarn'",
         ),
+        (
+            "deepseek_v3",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0, "mscale_all_dim": 1.0}},
+            "deepseek_v3's mscale_all_dim = 1.0",
+        ),
+        ("llama", {"is_causal": False}, "is_causal = False"),
         ("mixtral", {"sliding_window": 8}, "mixtral's sliding_window = 8"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "qwen3's sliding_window = 8"),
         ("olmoe", {"clip_qkv": 3.0}, "olmoe's clip_qkv = 3.0"),
@@ -415,6 +421,22 @@ def test_a_model_without_an_equivalent_is_refused_by_name(config, family, messag
     with pytest.raises(ValueError, match=message):
         to_hf(Transformer(TransformerConfig(**config)), tmp_path / "out", family=family)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        ({**SPARSE, "router_normalize": False}, "qwen2_moe"),  # without a shared expert
+        ({**SPARSE, "head_dim": 44, "rotary_dim": 30, "router_score": "sigmoid", "selection_bias": True}, "glm4_moe"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # transformers', of the shared expert
+def test_what_was_written_is_read_again(config, family, tmp_path, ids):
+    model = Transformer(TransformerConfig(**config, num_kv_heads=2))
+    to_hf(model, tmp_path, family=family)
+    again = from_hf(tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    torch.testing.assert_close(load_eager(tmp_path)(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_are_not_left_out_in_silence(tmp_path):
@@ -492,8 +514,13 @@ def test_damaged_and_foreign_folders_are_told(saved, tmp_path):
     (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}')
     with pytest.raises(ValueError, match="names a file outside its folder"):
         from_hf(path)
-    (path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a config of transformers"):
+    config = json.loads((path / "config.json").read_text())
+    for wrong in ("[]", json.dumps({**config, "hidden_act": None}), json.dumps({**config, "num_attention_heads": 0})):
+        (path / "config.json").write_text(wrong)
+        with pytest.raises(ValueError, match="not a config of transformers"):
+            from_hf(path)
+    (path / "config.json").write_text('{"model_type": ["llama"]}')
+    with pytest.raises(ValueError, match="no table for the model type"):
         from_hf(path)
     with pytest.raises(NotADirectoryError, match="path must be a folder"):
         to_hf(Transformer(TransformerConfig(**DENSE)), path / "config.json")

@@ -61,6 +61,10 @@ def test_a_coterie_model_is_not_overwritten(tmp_path):
     assert (tmp_path / "config.json").read_text() == before
     with pytest.raises(NotADirectoryError, match="path must be a folder"):
         export_hf(model, tmp_path / "config.json")
+    for foreign in ("[1]", "{"):
+        (tmp_path / "config.json").write_text(foreign)
+        with pytest.raises(ValueError, match=r"config.json is no model's, and would be overwritten"):
+            export_hf(model, tmp_path)
 
 
 def test_what_is_not_verified_does_not_take_the_name(tmp_path, monkeypatch):

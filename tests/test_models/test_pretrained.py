@@ -188,6 +188,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["weights.txt"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a limit stands for a full disk")
+def test_a_full_disk_is_an_oserror_and_leaves_the_old_model(saved, small_model):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"model.safetensors cannot be written: .*large"):
+            small_model.save_pretrained(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert _same(Transformer.from_pretrained(saved), small_model)
+    assert sorted(os.listdir(saved)) == ["config.json", "model.safetensors"]
+
+
 def test_a_killed_save_leaves_a_whole_model(saved, tmp_path):
     """The process dies between the write and the rename: the folder still loads as what it was."""
     script = (

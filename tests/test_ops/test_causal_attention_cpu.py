@@ -98,3 +98,9 @@ def test_strided_inputs():
         strict=True,
     ):
         assert torch.equal(a, b)
+
+
+def test_an_empty_batch():
+    tensors, grad = inputs((0, 4, 2, 5, 7, 8, 12))
+    for got, like in zip(results(ours.causal_attention, tensors, grad), (grad, *tensors), strict=True):
+        assert got.shape == like.shape

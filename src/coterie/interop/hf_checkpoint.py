@@ -185,12 +185,15 @@ def _read_hf_config(folder: Path) -> "PreTrainedConfig":
     transformers = _transformers()
     file = folder / CONFIG_FILE
     try:
-        # Known before transformers reads it, which may ask for code of the model's own.
-        family_of(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
-        return transformers.AutoConfig.from_pretrained(folder)
+        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {CONFIG_FILE}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{file} is not a config of transformers: {error}") from error
+    family_of(model_type)  # before transformers reads it, which may ask for code of the model's own
+    try:
+        return transformers.AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of many types, for values of the wrong one
         raise ValueError(f"{file} is not a config of transformers: {error}") from error
 
 

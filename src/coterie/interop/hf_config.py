@@ -1,5 +1,6 @@
 """transformers' configs as coterie's, and back: exactly, or not at all."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_ta
 
 def family_of(model_type: str | None) -> Family:
     """The family of a transformers model type; ValueError names those there are."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"coterie has no table for the model type {model_type!r}; it has {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
@@ -32,6 +33,8 @@ def config_from_hf(hf_config: "PreTrainedConfig") -> TransformerConfig:
     for name, accepted in family.theirs.items():
         if (value := getattr(hf_config, name, None)) not in accepted:
             raise ValueError(f"coterie has no equivalent of {family.model_type}'s {name} = {value!r}")
+    if not getattr(hf_config, "is_causal", True):  # of no family's fields, but transformers' masks ask for it
+        raise ValueError(f"coterie has no equivalent of is_causal = {hf_config.is_causal!r}")
     if quantization := getattr(hf_config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise ValueError(f"the weights are quantized ({method}): coterie loads those of 16 bits and more")
@@ -51,6 +54,8 @@ def config_from_hf(hf_config: "PreTrainedConfig") -> TransformerConfig:
         ours["head_dim"] = hf_config.qk_nope_head_dim + hf_config.qk_rope_head_dim
     if family.shared:
         ours["shared_hidden_dim"] = getattr(hf_config, family.shared) * hf_config.moe_intermediate_size
+    if not ours.get("shared_hidden_dim"):
+        ours["shared_gate"] = False
     ours |= _rotary(family, hf_config, ours["head_dim"] if ours.get("head_dim") else ours["dim"] // ours["num_heads"])
     ours["feed_forwards"] = _shortest_pattern(_feed_forwards(family, hf_config))
     if "mlp" in ours["feed_forwards"]:
@@ -86,7 +91,11 @@ def config_to_hf(config: TransformerConfig, family: Family) -> dict[str, Any]:
         rope["rope_type"], parameters = parse_rotary_scaling(config.rotary_scaling)
         rope |= {name: int(value) if name.startswith("original") else value for name, value in parameters.items()}
     if family.partial_rotary:
-        rope["partial_rotary_factor"] = (config.rotary_dim or head_dim) / head_dim
+        rotary_dim = config.rotary_dim or head_dim
+        factor = rotary_dim / head_dim
+        if int(head_dim * factor) < rotary_dim:  # so it is read, and int(44 * (30 / 44)) is 29
+            factor = math.nextafter(factor, 1)
+        rope["partial_rotary_factor"] = factor
     theirs["rope_parameters"] = rope
     if family.optional_qk_norm:
         theirs["use_qk_norm"] = config.qk_norm == "head"
@@ -189,6 +198,8 @@ def _rotary(family: Family, hf_config: "PreTrainedConfig", head_dim: int) -> dic
         known = ROTARY_SCALINGS.get(kind)
         if known is None:
             raise ValueError(f"coterie has no equivalent of the rotary embedding's scaling, rope_type = {kind!r}")
+        if family.latent and (value := rope.get("mscale_all_dim")):  # which scales the scores, with any rope_type
+            raise ValueError(f"coterie has no equivalent of {family.model_type}'s mscale_all_dim = {value!r}")
         if kind == "llama3":  # as transformers has it where a config leaves it out
             rope.setdefault("original_max_position_embeddings", hf_config.max_position_embeddings)
         if missing := known - rope.keys():

@@ -52,7 +52,11 @@ def _check_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"path must be a folder, got {path}")
     config = path / CONFIG_FILE
-    if config.exists() and json.loads(config.read_text(encoding="utf-8")).get("model_type", "coterie") == "coterie":
+    try:
+        ours = config.exists() and json.loads(config.read_text("utf-8")).get("model_type", "coterie") == "coterie"
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config} is no model's, and would be overwritten: give another folder") from error
+    if ours:
         raise ValueError(f"{path} holds a coterie model, which would be overwritten: give another folder")
 
 

@@ -107,8 +107,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _flush(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):  # what safetensors makes of a full disk
+            raise OSError(f"{path} cannot be written: {error}") from error
         raise
     if os.name == "posix":  # elsewhere a folder cannot be opened
         _flush(path.parent)

@@ -117,7 +117,7 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 def _grouped(x: Tensor, keys: Tensor) -> Tensor:
     """[B, H, L, ..] → [B·G, H/G, L, ..]: a view, if x is contiguous."""
     batch, groups = keys.shape[:2]
-    return x.reshape(batch * groups, -1, *x.shape[2:])
+    return x.reshape(batch * groups, x.shape[1] // groups, *x.shape[2:])
 
 
 def _blocks(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None, scale: float) -> Iterator["_Block"]:
