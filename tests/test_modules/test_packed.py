@@ -70,6 +70,12 @@ def _routing(tokens, experts=7, top_k=3, used=None):
     return Routing(ids.masked_fill(unused, experts), weights, torch.zeros(tokens, experts), experts)
 
 
+def _is_as_exact(got, plain, exact):
+    """As the plain product, whose sums another library forms in another order: in float32 that is all there is."""
+    bound = 1e-6 if got.dtype == torch.float32 else 1.5 * relative_error(plain, exact)
+    assert relative_error(got, exact) <= bound
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1,), (5,), (2, 3), (2, 0), (300,)])
 @pytest.mark.parametrize("bias", [True, False])
@@ -82,7 +88,7 @@ def test_linear(dtype, shape, bias):
     assert type(layer) is PackedLinear
     assert got.dtype == dtype
     assert got.shape == plain.shape
-    assert relative_error(got, exact) <= 1.5 * relative_error(plain, exact) + 1e-7
+    _is_as_exact(got, plain, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,7 +114,7 @@ def test_experts(dtype, settings, tokens):
     assert type(experts) is PackedExperts
     assert got.dtype == dtype
     assert torch.equal(got, again)
-    assert relative_error(got, exact) <= 1.5 * relative_error(plain, exact) + 1e-7
+    _is_as_exact(got, plain, exact)
 
 
 @needs_bfloat16
@@ -145,7 +151,7 @@ def test_a_model_gives_the_same_logits_and_tokens(dtype, tied):
     assert not any(type(m) in (nn.Linear, Experts) for m in model.modules())
     if dtype == torch.float32:  # in bfloat16 a router's near tie may be another expert
         assert torch.equal(again, tokens)
-        assert relative_error(got, exact) <= 1.5 * relative_error(plain, exact)
+        _is_as_exact(got, plain, exact)
     else:
         assert relative_error(got, exact) <= 3 * relative_error(plain, exact)
 

@@ -62,6 +62,15 @@ def test_large_scores_are_no_worse_than_torch_has_them():
         assert relative_error(got, right) < 2 * relative_error(theirs, right)
 
 
+def test_absurd_scores_stay_finite():
+    """Of a training that goes astray: the largest score takes all, as in torch."""
+    tensors, grad = inputs((1, 2, 1, 40, 40, 16, 16), std=300.0)
+    wanted = results(formula, [t.detach().double().requires_grad_() for t in tensors], grad)
+    got = results(ours.causal_attention, tensors, grad)
+    assert relative_error(got[0], wanted[0]) < 5e-3
+    assert all(t.isfinite().all() for t in got)
+
+
 def test_no_token_sees_a_later_one():
     """Bitwise: not even through rounding."""
     (queries, keys, values), _ = inputs((1, 2, 1, 40, 40, 8, 8))

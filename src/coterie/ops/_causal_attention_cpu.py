@@ -15,6 +15,7 @@ from coterie.ops._products import multiplies_natively
 
 _QUERIES = 128  # positions of a block
 _SCORES = 2**20  # numbers of a block of scores: 2 MB
+_LARGE = 2**13
 _KEYS = 1024  # more than these, and torch's own, which walks through keys as well, is as fast
 
 
@@ -180,4 +181,8 @@ class _Block:
 
     def weights(self, lowered: Tensor) -> Tensor:
         """[g, H/G · n, seen]: what each query takes of each value, times its row's sum."""
-        return self.scores(lowered).exp_()
+        scores = self.scores(lowered)
+        # So large, a rounded largest is off by more than exp can bear.
+        if lowered[self.heads, :, self.positions].abs().max() > _LARGE:
+            scores -= scores.amax(-1, keepdim=True)
+        return scores.exp_()
