@@ -22,9 +22,6 @@ from typing import Annotated, Any, TypeVar
 
 # The profiler's C++ side announces its start and stop on stderr, in the middle of the progress bar.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-# oneDNN keeps the last 1024 programs that it built. Contenders in turns would evict each other's, and pay for building
-# them again what none of them pays alone.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100000")
 
 import torch
 import tyro
@@ -127,12 +124,15 @@ class Case:
         baseline: name of the contender that ratios are over; never skipped.
         contenders: at least the baseline.
         make_inputs: seed -> fresh inputs.
+        warm_up: run each contender once on other inputs before every time it is timed. oneDNN keeps the last 1024
+            programs that it built: contenders that take turns evict each other's, as none does by itself.
     """
 
     labels: Mapping[str, Any]
     baseline: str
     contenders: Sequence[Contender]
     make_inputs: Callable[[int], Inputs]
+    warm_up: bool = False
 
     @property
     def title(self) -> str:
@@ -265,6 +265,7 @@ def _time(case: Case, rows: dict[str, Row], options: Options, say: Callable[[str
         if number >= MIN_ROUNDS and time.perf_counter() - started > options.budget:
             break
         inputs = case.make_inputs(options.seed + 1 + number)
+        others = case.make_inputs(options.seed + 1 + MAX_ROUNDS + number) if case.warm_up else None
         order.shuffle(turns)
         if number < MIN_ROUNDS or number % 10 == 0:  # a terminal is slow beside a decoding step
             say(f"round {number + 1}")
@@ -275,6 +276,8 @@ def _time(case: Case, rows: dict[str, Row], options: Options, say: Callable[[str
             spent = statistics.median(row.seconds) * len(row.seconds) if row.seconds else 0.0
             if number and contender.name != case.baseline and spent > max(options.budget, 1.0):
                 continue
+            if case.warm_up:
+                contender.run(others)
             results, seconds = _timed(partial(contender.run, inputs), options.device)
             del results  # what it costs to free them is not the contender's
             row.seconds.append(seconds)

@@ -1,7 +1,8 @@
 """A transformers mixture of experts as it is, with coterie's experts inside, and as coterie's own Transformer.
 
 The same weights in all: a training step, the prefill of a prompt and generation. What the rest of the model costs is
-the limit of what faster experts can gain: the model with its experts left out shows it.
+the limit of what faster experts can gain: the model with its experts left out shows it. Before each timed run stands one
+on other inputs, for oneDNN's programs are cached, and the cache should be the contender's own.
 """
 
 import copy
@@ -208,7 +209,7 @@ class _Models:
                 self._contender(what, PACKED_OWN, lambda ids: ours(self.ours_packed, ids), skip=skip),
             ]
         labels = {"pass": what, "B": shape[0], "L": shape[1], "dtype": options.dtype, "layers": options.layers}
-        return Case(labels, BASELINE, contenders, make_inputs)
+        return Case(labels, BASELINE, contenders, make_inputs, warm_up=True)
 
     @cached_property
     def theirs_packed(self) -> nn.Module:
