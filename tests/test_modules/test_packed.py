@@ -323,12 +323,15 @@ def test_under_autocast():
 
 
 @needs_bfloat16
-def test_compiles():
+def test_torch_compile_runs_packed_products_as_they_are():
     torch._dynamo.reset()
     model, ids = pack_for_inference(_model(num_layers=2)), torch.randint(60, (1, 8))
     with torch.no_grad():
         got, wanted = torch.compile(model, backend="aot_eager")(ids).logits, model(ids).logits
-    assert relative_error(got, wanted) < 0.05
+        assert relative_error(got, wanted) < 0.05
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="packed weights cannot be compiled"):
+            torch.compile(model, backend="aot_eager", fullgraph=True)(ids)
 
 
 @needs_bfloat16

@@ -29,6 +29,7 @@ class PackedMatrix:
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[.., A] → [.., B], in the matrix's dtype, which is x's."""
+        _refuse_compiling()
         return torch.ops.mkldnn._linear_pointwise.default(x, self._blocks, bias, "none", [], "")
 
     def dense(self) -> Tensor:
@@ -116,6 +117,7 @@ def packed_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None) -
 
 def check_packed_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in the packed weights' dtype, as autocast may want it; raises where there is no product with it."""
+    _refuse_compiling()
     if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError(
             "packed weights carry no gradients: call the model under torch.no_grad(), or coterie.unpack(model) to train"
@@ -127,3 +129,9 @@ def check_packed_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype != dtype:
         raise TypeError(f"x must have the packed weights' dtype, {dtype}, outside autocast; got {x.dtype}")
     return x
+
+
+def _refuse_compiling() -> None:
+    """torch.compile leaves out what raises, and runs it as it is; fullgraph=True says why it cannot."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError("packed weights cannot be compiled: coterie.unpack(model) first")
