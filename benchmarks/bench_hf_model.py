@@ -1,8 +1,8 @@
 """A transformers mixture of experts as it is, with coterie's experts inside, and as coterie's own Transformer.
 
 The same weights in all: a training step, the prefill of a prompt and generation. What the rest of the model costs is
-the limit of what faster experts can gain: the model with its experts left out shows it. Before each timed run stands one
-on other inputs, for oneDNN's programs are cached, and the cache should be the contender's own.
+the limit of what faster experts can gain: the model with its experts left out shows it. Before each timed run stands
+one on other inputs, for oneDNN caches its programs, and the cache should be the contender's own.
 """
 
 import copy
