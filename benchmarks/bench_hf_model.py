@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 from tyro.conf import arg
@@ -64,14 +63,16 @@ class Options(_bench.Options):
         tuple[Literal["training step", "prefill", "generation"], ...], arg(help_behavior_hint="(default: all)")
     ] = ()
     """What to time."""
-    vocab_size: tyro.conf.Suppress[int] = 32000
-    dim: tyro.conf.Suppress[int] = 768
+    vocab_size: Annotated[int, arg(metavar="INT")] = 32000
+    """Tokens of the vocabulary."""
+    dim: Annotated[int, arg(metavar="INT")] = 768
+    """D, the model's width; an expert's is 384."""
 
     def check(self) -> None:
         super().check()
-        for name in ("layers", "batch", "length", "tokens"):
+        for name in ("layers", "batch", "length", "tokens", "vocab_size", "dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name}: got {getattr(self, name)}, must be at least 1")
+                raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, must be at least 1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
