@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow test-gguf lint format bench clean
 help:
 	@echo "make demo       train a sparse model beside its dense twin on real text; writes runs/demo/report.png"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-gguf  GGUF files in llama.cpp itself; builds llama-cpp-python, for minutes"
 	@echo "make lint       ruff check and format --check"
 	@echo "make bench      every benchmark, beside dense and the strongest peers"
 
@@ -28,6 +29,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(PYTEST)
+
+test-gguf: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install llama-cpp-python
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_interop/test_gguf_export.py $(PYTEST)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
