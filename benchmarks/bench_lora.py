@@ -184,7 +184,7 @@ def make_case(shape: Shape, dtype: str, options: Options) -> tuple[Case, int]:
     for name, kind in PEFT_KINDS.items():
         contenders.append(contender(name, _peft(base, kind, options, factors), truth.step, optional=name != BASELINE))
     labels = dict(zip("TDFEK", shape, strict=True)) | {"dtype": dtype}
-    return Case(labels, BASELINE, contenders, make_inputs), sum(p.nbytes for p in base.parameters())
+    return Case(labels, BASELINE, contenders, make_inputs, warm_up=True), sum(p.nbytes for p in base.parameters())
 
 
 @dataclass(frozen=True)
