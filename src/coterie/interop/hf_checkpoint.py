@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from coterie.interop._exported import optional
 from coterie.interop.hf_config import config_from_hf, config_to_hf, differences, family_of, fitting
 from coterie.interop.hf_families import FAMILIES, Family
 from coterie.models.config import TransformerConfig
@@ -182,7 +183,7 @@ def _local_folder(path: str | os.PathLike, revision: str | None) -> Path:
 
 
 def _read_hf_config(folder: Path) -> "PreTrainedConfig":
-    transformers = _transformers()
+    transformers = optional("transformers", "hf")
     file = folder / CONFIG_FILE
     try:
         model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
@@ -333,7 +334,7 @@ def _empty_tensors(model, places, headers, device, dtype) -> dict[str, Tensor]:
 
 def _their_config(model: Transformer, family: str | None) -> "PreTrainedConfig":
     """The transformers config to write: the one the model came with, changed where the model was."""
-    AutoConfig = _transformers().AutoConfig
+    transformers = optional("transformers", "hf")
     source: Any = getattr(model, "hf_config", None)
     if family is None:
         family = source.model_type if source is not None else _fitting_family(model.config)
@@ -345,8 +346,8 @@ def _their_config(model: Transformer, family: str | None) -> "PreTrainedConfig":
             for name, value in wanted.items():
                 setattr(hf_config, name, value)
     else:
-        hf_config = AutoConfig.for_model(chosen.model_type, **wanted)
-    hf_config.architectures = [_transformers().MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].__name__]
+        hf_config = transformers.AutoConfig.for_model(chosen.model_type, **wanted)
+    hf_config.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].__name__]
     hf_config.dtype = model.embedding.weight.dtype
     return hf_config
 
@@ -354,11 +355,3 @@ def _their_config(model: Transformer, family: str | None) -> "PreTrainedConfig":
 def _fitting_family(config: TransformerConfig) -> str:
     """The first family that says all a config does."""
     return fitting({name: differences(config, family) for name, family in FAMILIES.items()}, "family of transformers")
-
-
-def _transformers():
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("transformers 5 or later is needed: pip install 'coterie[hf]'") from error
-    return transformers

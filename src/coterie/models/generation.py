@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from coterie.models.transformer import Transformer
+from coterie.ops._autocast import autocast_dtype
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def generate(
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     batch_size, prompt_length = input_ids.shape
     # Keys and values come in autocast's dtype where it is on: kept in another, all would be cast at every step.
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    dtype = autocast_dtype(device.type)
     cache = model.new_cache(batch_size, prompt_length + max_new_tokens, dtype) if use_cache else None
     finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
     tokens, mask = input_ids.long(), token_mask

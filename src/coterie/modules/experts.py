@@ -71,3 +71,8 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         num_experts, dim, hidden_dim = self.down_proj.shape
         return f"{num_experts}, dim={dim}, hidden_dim={hidden_dim}, activation={self.activation!r}"
+
+
+def is_hf_experts(module: nn.Module) -> bool:
+    """Whether a module is on transformers' experts interface."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from coterie.modules.experts import Experts
+from coterie.modules.experts import Experts, is_hf_experts
 from coterie.modules.lora_layers import Adapter, ExpertsLoRA, LinearLoRA, LoRA, LoRASettings, LowRank
 from coterie.modules.packed import Packed
 from coterie.ops.lora import check_adapter_ids
@@ -264,11 +264,6 @@ def shape_of(module: nn.Module, matrix: str) -> tuple[int, int, int]:
     if isinstance(module, nn.Linear):
         return 1, module.out_features, module.in_features  # a quantized weight may have any shape
     return tuple(_as_stack(module, getattr(module, matrix)).shape)
-
-
-def is_hf_experts(module: nn.Module) -> bool:
-    """Whether it is on transformers' experts interface."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
 
 
 def _matrices(module: nn.Module) -> tuple[str, ...]:

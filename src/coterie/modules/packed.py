@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from coterie.modules.attention import Attention
 from coterie.modules.embedding import TiedEmbedding
-from coterie.modules.experts import Experts
+from coterie.modules.experts import Experts, is_hf_experts
 from coterie.ops._expert_mlp_packed import packed_expert_mlp
 from coterie.ops._packed import PackedMatrix, PackedRows, PackedStack, packable_dtypes, packed_linear
 from coterie.ops.routing import Routing
@@ -154,7 +154,7 @@ def pack_for_inference(model: nn.Module) -> nn.Module:
             "model has adapters, which packed weights cannot take: merge_lora(model) and remove_lora(model)"
         )
     for module in fit:
-        if _is_hf_experts(module) and (name := module.config._experts_implementation) != "coterie":
+        if is_hf_experts(module) and (name := module.config._experts_implementation) != "coterie":
             raise ValueError(
                 f"experts of transformers are packed for experts_implementation 'coterie', got {name!r}: call "
                 "coterie.interop.register_hf() and model.set_experts_implementation('coterie') first"
@@ -202,7 +202,7 @@ def _matrices(module: nn.Module) -> dict[str, bool]:
         return {"weight": False}
     if type(module) is Experts:
         return {"gate_up_proj": False, "down_proj": False}
-    if _is_hf_experts(module):
+    if is_hf_experts(module):
         return dict.fromkeys(("gate_up_proj" if module.has_gate else "up_proj", "down_proj"), module.is_transposed)
     return {}
 
@@ -232,11 +232,6 @@ def _pack_projections(attention: Attention) -> None:
 def _become_packed(module: nn.Module, packed: dict[str, PackedMatrix | PackedRows | PackedStack]) -> None:
     module.packed = packed
     module.__class__ = _packed_class(type(module))
-
-
-def _is_hf_experts(module: nn.Module) -> bool:
-    """Whether the module follows transformers' experts interface."""
-    return hasattr(module, "_is_expert_parallel")
 
 
 def _kind(parameter: nn.Parameter | None) -> str:

@@ -12,8 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from coterie.modules.experts import Experts
-from coterie.modules.lora import is_hf_experts
+from coterie.modules.experts import Experts, is_hf_experts
 from coterie.modules.lora_layers import LoRA
 from coterie.report.table import format_table, human_count
 
