@@ -21,7 +21,7 @@ from coterie.models.config import TransformerConfig
 from coterie.models.transformer import Transformer
 from coterie.training import Batches, TrainConfig, Trainer, checkpoint, load_checkpoint, read_log, save_checkpoint
 
-KILLS = {"checkpoint": 60, "planted": 20, "trainer": 15}
+KILLS = {"checkpoint": 60, "planted": 60, "trainer": 15}
 STEPS = 60
 
 
