@@ -31,7 +31,7 @@ from coterie.report import format_table, human_bytes
 TRAINING, PREFILL, DECODE = "training step", "prefill", "generation"
 HF_KINDS = ("grouped_mm", "batched_mm", "eager")
 BASELINE = "HF grouped_mm"
-DROP_IN, OWN, LIMIT = "HF, our experts", "our Transformer", "HF without experts"
+DROP_IN, OWN, LIMIT = "HF, our experts", "our Transformer", "HF without experts (a limit)"
 PACKED_DROP_IN, PACKED_OWN = f"{DROP_IN}, packed", f"{OWN}, packed"
 # Over the fastest of transformers' own.
 BARS = {DROP_IN: {TRAINING: 2.2, PREFILL: 1.6, DECODE: 1.3}, OWN: {TRAINING: 3.0, PREFILL: 2.0, DECODE: 2.0}}
