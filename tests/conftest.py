@@ -1,5 +1,11 @@
 """What every test shares: a fixed seed, and fresh memory full of NaN so that an unwritten output is seen."""
 
+import os
+
+# Before anything imports Triton: kernels run in its interpreter, on CPU tensors.
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
+
 import pytest
 import torch
 

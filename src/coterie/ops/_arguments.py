@@ -1,9 +1,13 @@
 """Checks shared by the ops: a wrong argument is named, with what came and what is accepted."""
 
+import importlib.util
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
@@ -36,9 +40,43 @@ def check_sizes(name: str, sizes: Sequence[int], letters: str) -> None:
         raise ValueError(f"{name} must have {letters} of at least 1, got {', '.join(map(str, sizes))}")
 
 
-def choose_impl(impl: str | None, accepted: Sequence[str] = ("reference", "torch")) -> str:
-    """The implementation to run. None means the fastest there is for the tensor's device."""
+def choose_impl(impl: str | None, tensor: Tensor, accepted: Sequence[str] = ("reference", "torch", "triton")) -> str:
+    """The implementation to run on this tensor. None means the fastest there is for its device and dtype.
+
+    Raises:
+        ValueError: impl is not among the accepted, or is "triton" on a device that it does not run on.
+        TypeError: impl is "triton" and the tensor's dtype none that it computes in.
+        ImportError: impl is "triton", which is not installed.
+    """
     if impl is None:
-        return "torch"
+        return "triton" if "triton" in accepted and tensor.is_cuda and _takes(tensor) else "torch"
     check_choice("impl", impl, accepted)
+    if impl == "triton":
+        _check_triton(tensor)
     return impl
+
+
+def _takes(tensor: Tensor) -> bool:
+    if tensor.dtype not in TRITON_DTYPES or not _has_triton():
+        return False
+    from coterie_kernels.target import takes
+
+    return takes(tensor)
+
+
+def _check_triton(tensor: Tensor) -> None:
+    if tensor.dtype not in TRITON_DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in TRITON_DTYPES)
+        raise TypeError(f"impl='triton' computes in {accepted}, got {tensor.dtype}")
+    if not _has_triton():
+        raise ImportError("impl='triton' needs the package triton, which is not installed; impl='torch' does without")
+    if not _takes(tensor):
+        raise ValueError(
+            "impl='triton' runs on a GPU (NVIDIA from compute capability 8.0, or AMD), or on a CPU under "
+            f"TRITON_INTERPRET=1; got a tensor on {tensor.device}"
+        )
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -57,7 +57,7 @@ def expert_mlp(
         TypeError: a dtype is. Every message names the argument, what came and what is accepted.
         NotImplementedError: forward-mode differentiation of impl="torch"; the reference has it.
     """
-    impl = choose_impl(impl)
+    impl = choose_impl(impl, x, ("reference", "torch"))
     check_mlp(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation)
     device = x.device.type
     matrices = {

@@ -68,7 +68,7 @@ def lora_expert_mlp(
         ValueError, TypeError: as `expert_mlp` does; also for factors of another shape than their matrix, and for ids of
             no adapter (on a CPU), or not one a sequence or token.
     """
-    impl = choose_impl(impl)
+    impl = choose_impl(impl, x, ("reference", "torch"))
     matrices = (gate_up_proj, down_proj, gate_up_bias, down_bias)
     _check(x, expert_ids, weights, matrices, activation)
     _check_factors("gate_up_lora", gate_up_lora, gate_up_proj, scales)

@@ -104,7 +104,7 @@ def route_topk(
         ValueError: a shape or a setting is wrong; the message names it, what came and what is accepted.
         TypeError: token_mask is not bool.
     """
-    impl = choose_impl(impl)
+    impl = choose_impl(impl, logits, ("reference", "torch"))
     check_tensor("logits", logits, (None, None), "[T, E]")
     num_tokens, num_experts = logits.shape
     check_choice("score", score, ("softmax", "sigmoid"))
