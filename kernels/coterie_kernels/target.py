@@ -51,3 +51,13 @@ def _target_of_device(index: int) -> str:
 @cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """How `tl.dot` multiplies float32: exactly, but for TF32 where torch was asked for it; other dtypes ignore it.
+
+    Three TF32 products make one float32 product on NVIDIA's tensor cores; AMD's multiply float32 as it is.
+    """
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee" if target_of(tensor) == "gfx942" else "tf32x3"
