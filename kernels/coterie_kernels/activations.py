@@ -18,12 +18,13 @@ def activate(
     OFFSET: tl.constexpr,
 ):
     """φ(gate) · up; for an activation without a gate φ(gate), `up` being ignored."""
-    if not GATED:
+    if GATED:
+        if LIMIT is not None:
+            gate = tl.where(gate > LIMIT, LIMIT, gate)
+            up = _clamp(up, LIMIT)
+        return _function(gate, FUNCTION, ALPHA) * (up + OFFSET)
+    else:
         return _function(gate, FUNCTION, ALPHA)
-    if LIMIT is not None:
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = _clamp(up, LIMIT)
-    return _function(gate, FUNCTION, ALPHA) * (up + OFFSET)
 
 
 @triton.jit
@@ -38,20 +39,21 @@ def activation_and_gradient(
     OFFSET: tl.constexpr,
 ):
     """(activated, gradient to gate, gradient to up); without a gate the last is the second again."""
-    if not GATED:
+    if GATED:
+        inside_gate = 1.0
+        inside_up = 1.0
+        if LIMIT is not None:
+            inside_gate = tl.where(gate <= LIMIT, 1.0, 0.0)
+            inside_up = tl.where(tl.abs(up) <= LIMIT, 1.0, 0.0)
+            gate = tl.where(gate > LIMIT, LIMIT, gate)
+            up = _clamp(up, LIMIT)
+        up += OFFSET
+        activated = _function(gate, FUNCTION, ALPHA)
+        grad_gate = grad * up * _derivative(gate, FUNCTION, ALPHA) * inside_gate
+        return activated * up, grad_gate, grad * activated * inside_up
+    else:
         grad_gate = grad * _derivative(gate, FUNCTION, ALPHA)
         return _function(gate, FUNCTION, ALPHA), grad_gate, grad_gate
-    inside_gate = 1.0
-    inside_up = 1.0
-    if LIMIT is not None:
-        inside_gate = tl.where(gate <= LIMIT, 1.0, 0.0)
-        inside_up = tl.where(tl.abs(up) <= LIMIT, 1.0, 0.0)
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = _clamp(up, LIMIT)
-    up += OFFSET
-    activated = _function(gate, FUNCTION, ALPHA)
-    grad_gate = grad * up * _derivative(gate, FUNCTION, ALPHA) * inside_gate
-    return activated * up, grad_gate, grad * activated * inside_up
 
 
 @triton.jit

@@ -6,12 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 
-def combine(rows: Tensor, position: Tensor, weights: Tensor | None, num_tokens: int, addend: Tensor | None) -> Tensor:
+def combine(
+    rows: Tensor, position: Tensor, num_tokens: int, top_k: int, *, weights: Tensor | None, addend: Tensor | None
+) -> Tensor:
     """y[t] = Σ_k weights[t, k] · rows[position[t, k]] (+ addend[t]), summed in float32.
 
     Args:
         rows: [N, D].
-        position: [T·K] int32; -1 marks a slot without a row.
+        position: [≥ T·K] int32, the row of each slot; -1 marks a slot without one.
         weights: [T, K] contiguous; None = 1.
         addend: [T, D] contiguous.
 
@@ -25,11 +27,43 @@ def combine(rows: Tensor, position: Tensor, weights: Tensor | None, num_tokens: 
     columns = min(triton.next_power_of_2(dim), 256)
     tokens = max(1, 1024 // columns)
     grid = (triton.cdiv(num_tokens, tokens), triton.cdiv(dim, columns))
-    top_k = position.numel() // num_tokens
     _combine[grid](
         rows, position, weights, addend, y, num_tokens, top_k, dim, TOKENS=tokens, COLUMNS=columns, num_warps=4
     )
     return y
+
+
+def combine_ragged(rows: Tensor, token: Tensor, num_tokens: int) -> Tensor:
+    """y[t] = Σ of the rows n with token[n] = t, in the order of n, summed in float32.
+
+    Args:
+        rows: [N, D].
+        token: [N] int64 in 0..T-1.
+
+    Returns:
+        [T, D] in the rows' dtype.
+    """
+    dim = rows.shape[1]
+    y = torch.empty(num_tokens, dim, dtype=rows.dtype, device=rows.device)
+    if not num_tokens:
+        return y
+    ordered, order = token.sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(num_tokens + 1, device=token.device))
+    columns = min(triton.next_power_of_2(dim), 256)
+    _combine_ragged[(num_tokens, triton.cdiv(dim, columns))](rows, order, starts, y, dim, COLUMNS=columns, num_warps=1)
+    return y
+
+
+@triton.jit
+def _combine_ragged(rows_ptr, order_ptr, starts_ptr, y_ptr, dim, COLUMNS: tl.constexpr):
+    token = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = column < dim
+    total = tl.zeros([COLUMNS], tl.float32)
+    for n in range(tl.load(starts_ptr + token), tl.load(starts_ptr + token + 1)):
+        row = tl.load(order_ptr + n)
+        total += tl.load(rows_ptr + row * dim + column, mask=is_column, other=0).to(tl.float32)
+    tl.store(y_ptr + token.to(tl.int64) * dim + column, total.to(y_ptr.dtype.element_ty), mask=is_column)
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def forward(
     addend: Tensor | None,
     activation: Activation,
     keep_hidden: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Σ_k weights[t, k] · MLP (+ addend), and what backward wants.
 
     Args:
@@ -56,11 +56,12 @@ def forward(
         [E, 2F or F] and [E, D], addend [T, D]: contiguous; of x's dtype but for ids and weights.
 
     Returns:
-        y [T, D]; hidden [N, 2F] ([0, 2F] unless kept), order [N], position [N], counts [E] as `sort_slots` has them.
+        y [T, D]; hidden [N, 2F] ([0, 2F] unless kept); places and counts as `sort_slots` has them.
     """
     num_experts, width, dim = gate_up_proj.shape
-    order, position, counts = sort_slots(expert_ids, num_experts)
-    num_rows, hidden_dim, top_k = order.shape[0], down_proj.shape[2], expert_ids.shape[1]
+    places, counts = sort_slots(expert_ids, num_experts)
+    order, position = places
+    num_rows, hidden_dim, top_k = expert_ids.numel(), down_proj.shape[2], expert_ids.shape[1]
     kept = x.new_empty(num_rows, width) if keep_hidden else None
     if num_rows:
         tile = mlp_tile(target_of(x), x.dtype, hidden_dim, num_rows / num_experts, backward=False)
@@ -85,8 +86,8 @@ def forward(
             rows = multiply_rows(rows, down_proj, counts, bias=down_bias)
     else:
         rows = x.new_empty(0, dim)
-    y = combine(rows, position, weights, x.shape[0], addend)
-    return y, x.new_empty(0, width) if kept is None else kept, order, position, counts
+    y = combine(rows, position, x.shape[0], top_k, weights=weights, addend=addend)
+    return y, x.new_empty(0, width) if kept is None else kept, places, counts
 
 
 def backward(
@@ -98,8 +99,7 @@ def backward(
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     hidden: Tensor,
-    order: Tensor,
-    position: Tensor,
+    places: Tensor,
     counts: Tensor,
     activation: Activation,
     needs: Sequence[bool],
@@ -110,7 +110,8 @@ def backward(
     """
     needs_x, needs_weights, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
     num_experts, width, dim = gate_up_proj.shape
-    num_rows, hidden_dim, top_k = order.shape[0], down_proj.shape[2], weights.shape[1]
+    num_rows, hidden_dim, top_k = weights.numel(), down_proj.shape[2], weights.shape[1]
+    order, position = places
     if not num_rows:
         inputs = (x, weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
         return tuple(torch.zeros_like(t) if need else None for t, need in zip(inputs, needs, strict=True))
@@ -150,7 +151,7 @@ def backward(
     if needs_x:
         if not tile.fused:
             grad_rows = multiply_rows(grad_hidden, gate_up_proj, counts, transposed=True)
-        grad_x = combine(grad_rows, position, None, x.shape[0], None)
+        grad_x = combine(grad_rows, position, x.shape[0], top_k, weights=None, addend=None)
     if needs_weights:
         grad_weights = grad_weights.squeeze(-1) if chunks == 1 else grad_weights.sum(-1).to(weights.dtype)
     return grad_x, grad_weights, *grads
@@ -321,13 +322,14 @@ def _activated(
             DIM, HIDDEN, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, ROWS, UNITS, DEPTH, PRECISION,
         )  # fmt: skip
         return _beside(left, right)
-    gate, up = _hidden(
-        x_ptr, up_ptr, up_bias_ptr, token, is_row, expert, unit, DIM, HIDDEN, GATED, ROWS, UNITS, DEPTH, PRECISION
-    )
-    if hidden_ptr is not None:
-        _store_hidden(hidden_ptr, gate, up, row, is_row, unit, HIDDEN, GATED, UNITS)
-    activated = activate(gate.to(tl.float32), up.to(tl.float32), FUNCTION, GATED, ALPHA, LIMIT, OFFSET)
-    return activated.to(x_ptr.dtype.element_ty)
+    else:
+        gate, up = _hidden(
+            x_ptr, up_ptr, up_bias_ptr, token, is_row, expert, unit, DIM, HIDDEN, GATED, ROWS, UNITS, DEPTH, PRECISION
+        )
+        if hidden_ptr is not None:
+            _store_hidden(hidden_ptr, gate, up, row, is_row, unit, HIDDEN, GATED, UNITS)
+        activated = activate(gate.to(tl.float32), up.to(tl.float32), FUNCTION, GATED, ALPHA, LIMIT, OFFSET)
+        return activated.to(x_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -356,7 +358,8 @@ def _hidden(
     hidden = total.to(x_ptr.dtype.element_ty)
     if GATED:
         return tl.split(tl.reshape(hidden, (ROWS, UNITS, 2)))
-    return hidden, hidden
+    else:
+        return hidden, hidden
 
 
 @triton.jit
@@ -366,8 +369,9 @@ def _matrix_rows(unit, HIDDEN: tl.constexpr, GATED: tl.constexpr, UNITS: tl.cons
         j = tl.arange(0, 2 * UNITS)
         own = unit + j // 2
         return (j % 2) * HIDDEN + own, own < HIDDEN
-    own = unit + tl.arange(0, UNITS)
-    return own, own < HIDDEN
+    else:
+        own = unit + tl.arange(0, UNITS)
+        return own, own < HIDDEN
 
 
 @triton.jit
@@ -491,41 +495,56 @@ def _grad_hidden(
             DIM, HIDDEN, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, ROWS, UNITS, DEPTH, PRECISION,
         )  # fmt: skip
         return _beside(left, right), left_sum + right_sum
-    own = unit + tl.arange(0, UNITS)
-    is_unit = own < HIDDEN
-    grad = grad_ptr + token.to(tl.int64)[:, None] * DIM
-    matrix = down_ptr + expert * (DIM * HIDDEN) + own[None, :]
-    grad_activated = tl.zeros([ROWS, UNITS], tl.float32)  # before the routing weight
-    for first in range(0, DIM, DEPTH):
-        depth = first + tl.arange(0, DEPTH)
-        is_depth = depth < DIM
-        left = tl.load(grad + depth[None, :], mask=is_row[:, None] & is_depth[None, :], other=0)
-        right = tl.load(matrix + depth[:, None] * HIDDEN, mask=is_depth[:, None] & is_unit[None, :], other=0)
-        grad_activated = tl.dot(left, right, grad_activated, input_precision=PRECISION)
-    if hidden_ptr is None:
-        gate, up = _hidden(
-            x_ptr, up_ptr, up_bias_ptr, token, is_row, expert, unit, DIM, HIDDEN, GATED, ROWS, UNITS, DEPTH, PRECISION
-        )
     else:
-        place = hidden_ptr + row.to(tl.int64)[:, None] * (2 * HIDDEN if GATED else HIDDEN) + own[None, :]
-        gate = tl.load(place, mask=is_row[:, None] & is_unit[None, :], other=0)
-        up = tl.load(place + HIDDEN, mask=is_row[:, None] & is_unit[None, :], other=0) if GATED else gate
-    activated, grad_gate, grad_up = activation_and_gradient(
-        gate.to(tl.float32), up.to(tl.float32), grad_activated * weight[:, None],
-        FUNCTION, GATED, ALPHA, LIMIT, OFFSET,
-    )  # fmt: skip
-    grad_gate = grad_gate.to(x_ptr.dtype.element_ty)
-    grad_up = grad_up.to(x_ptr.dtype.element_ty)
-    if grad_hidden_ptr is not None:
-        _store_hidden(grad_hidden_ptr, grad_gate, grad_up, row, is_row, unit, HIDDEN, GATED, UNITS)
-    if scaled_ptr is not None:
-        scaled = (activated * weight[:, None]).to(scaled_ptr.dtype.element_ty)
-        place = scaled_ptr + row.to(tl.int64)[:, None] * HIDDEN + own[None, :]
-        tl.store(place, scaled, mask=is_row[:, None] & is_unit[None, :])
-    by_weight = tl.sum(grad_activated * activated, 1)
-    if GATED:
-        return tl.reshape(tl.join(grad_gate, grad_up), (ROWS, 2 * UNITS)), by_weight
-    return grad_gate, by_weight
+        own = unit + tl.arange(0, UNITS)
+        is_unit = own < HIDDEN
+        grad = grad_ptr + token.to(tl.int64)[:, None] * DIM
+        matrix = down_ptr + expert * (DIM * HIDDEN) + own[None, :]
+        grad_activated = tl.zeros([ROWS, UNITS], tl.float32)  # before the routing weight
+        for first in range(0, DIM, DEPTH):
+            depth = first + tl.arange(0, DEPTH)
+            is_depth = depth < DIM
+            left = tl.load(grad + depth[None, :], mask=is_row[:, None] & is_depth[None, :], other=0)
+            right = tl.load(matrix + depth[:, None] * HIDDEN, mask=is_depth[:, None] & is_unit[None, :], other=0)
+            grad_activated = tl.dot(left, right, grad_activated, input_precision=PRECISION)
+        if hidden_ptr is None:
+            gate, up = _hidden(
+                x_ptr,
+                up_ptr,
+                up_bias_ptr,
+                token,
+                is_row,
+                expert,
+                unit,
+                DIM,
+                HIDDEN,
+                GATED,
+                ROWS,
+                UNITS,
+                DEPTH,
+                PRECISION,
+            )
+        else:
+            place = hidden_ptr + row.to(tl.int64)[:, None] * (2 * HIDDEN if GATED else HIDDEN) + own[None, :]
+            gate = tl.load(place, mask=is_row[:, None] & is_unit[None, :], other=0)
+            up = tl.load(place + HIDDEN, mask=is_row[:, None] & is_unit[None, :], other=0) if GATED else gate
+        activated, grad_gate, grad_up = activation_and_gradient(
+            gate.to(tl.float32), up.to(tl.float32), grad_activated * weight[:, None],
+            FUNCTION, GATED, ALPHA, LIMIT, OFFSET,
+        )  # fmt: skip
+        grad_gate = grad_gate.to(x_ptr.dtype.element_ty)
+        grad_up = grad_up.to(x_ptr.dtype.element_ty)
+        if grad_hidden_ptr is not None:
+            _store_hidden(grad_hidden_ptr, grad_gate, grad_up, row, is_row, unit, HIDDEN, GATED, UNITS)
+        if scaled_ptr is not None:
+            scaled = (activated * weight[:, None]).to(scaled_ptr.dtype.element_ty)
+            place = scaled_ptr + row.to(tl.int64)[:, None] * HIDDEN + own[None, :]
+            tl.store(place, scaled, mask=is_row[:, None] & is_unit[None, :])
+        by_weight = tl.sum(grad_activated * activated, 1)
+        if GATED:
+            return tl.reshape(tl.join(grad_gate, grad_up), (ROWS, 2 * UNITS)), by_weight
+        else:
+            return grad_gate, by_weight
 
 
 @triton.jit

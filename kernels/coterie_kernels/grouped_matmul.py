@@ -67,8 +67,8 @@ def multiply_rows(
 
 
 def multiply_columns(
-    a: Tensor, b: Tensor, counts: Tensor, *, rows: Tensor | None = None, bias: bool = False
-) -> tuple[Tensor, Tensor | None]:
+    a: Tensor, b: Tensor, counts: Tensor, *, rows: Tensor | None = None, weight: bool = True, bias: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients to a weight and to a bias: aᵀ b and the sum of a, over each expert's rows; 0 where it has none.
 
     Args:
@@ -76,10 +76,10 @@ def multiply_columns(
         b: [N, D], or [T, D] with `rows` [N].
 
     Returns:
-        [E, O, D] and, if `bias`, [E, O].
+        [E, O, D] if `weight` and [E, O] if `bias`.
     """
     num_experts, outer, inner = counts.shape[0], a.shape[1], b.shape[1]
-    grad = torch.empty(num_experts, outer, inner, dtype=a.dtype, device=a.device)
+    grad = torch.empty(num_experts, outer, inner, dtype=a.dtype, device=a.device) if weight else None
     grad_bias = torch.empty(num_experts, outer, dtype=a.dtype, device=a.device) if bias else None
     tile = column_tile(target_of(a), a.dtype, outer, inner)
     tiles = triton.cdiv(outer, tile.rows) * triton.cdiv(inner, tile.columns)
@@ -90,7 +90,6 @@ def multiply_columns(
         rows,
         grad,
         grad_bias,
-        a.shape[0],
         num_experts,
         OUTER=outer,
         INNER=inner,
@@ -161,7 +160,6 @@ def _multiply_columns(
     rows_ptr,
     grad_ptr,
     grad_bias_ptr,
-    num_rows,
     num_experts,
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
@@ -227,8 +225,8 @@ def add_columns(
 ):
     """Writes one tile of grad[expert] = aᵀ b, and its part of grad_bias[expert], over `count` sorted rows.
 
-    a and b may be gathered: row n is then the a_rows[n] div top_k-th of a. weights_ptr: what grad_bias weighs the rows
-    of a by, at a_rows[n].
+    a and b may be gathered: row n is then the (a_rows[n] div top_k)-th. weights_ptr: what grad_bias weighs the rows of
+    a by, at a_rows[n]. Either gradient may be None.
     """
     column_tiles: tl.constexpr = tl.cdiv(INNER, COLUMNS)
     outer = (tile // column_tiles) * ROWS + tl.arange(0, ROWS)
@@ -243,18 +241,20 @@ def add_columns(
         a_row = row if a_rows_ptr is None else tl.load(a_rows_ptr + row, mask=is_row, other=0) // top_k
         a_place = a_row.to(tl.int64)[:, None] * OUTER + outer[None, :]
         a = tl.load(a_ptr + a_place, mask=is_row[:, None] & is_outer[None, :], other=0)
-        b_row = row if b_rows_ptr is None else tl.load(b_rows_ptr + row, mask=is_row, other=0) // top_k
-        b_place = b_row.to(tl.int64)[:, None] * INNER + inner[None, :]
-        b = tl.load(b_ptr + b_place, mask=is_row[:, None] & is_inner[None, :], other=0)
-        total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
+        if grad_ptr is not None:
+            b_row = row if b_rows_ptr is None else tl.load(b_rows_ptr + row, mask=is_row, other=0) // top_k
+            b_place = b_row.to(tl.int64)[:, None] * INNER + inner[None, :]
+            b = tl.load(b_ptr + b_place, mask=is_row[:, None] & is_inner[None, :], other=0)
+            total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
         if grad_bias_ptr is not None:
             addend = a.to(tl.float32)
             if weights_ptr is not None:
                 slot = tl.load(a_rows_ptr + row, mask=is_row, other=0)
                 addend *= tl.load(weights_ptr + slot, mask=is_row, other=0).to(tl.float32)[:, None]
             total_bias += tl.sum(addend, 0)
-    place = expert.to(tl.int64) * (OUTER * INNER) + outer[:, None] * INNER + inner[None, :]
-    tl.store(grad_ptr + place, total.to(grad_ptr.dtype.element_ty), mask=is_outer[:, None] & is_inner[None, :])
+    if grad_ptr is not None:
+        place = grad_ptr + expert.to(tl.int64) * (OUTER * INNER) + outer[:, None] * INNER + inner[None, :]
+        tl.store(place, total.to(grad_ptr.dtype.element_ty), mask=is_outer[:, None] & is_inner[None, :])
     # Every column tile has the same sum; the first writes it.
     if grad_bias_ptr is not None and tile % column_tiles == 0:
         place = grad_bias_ptr + expert * OUTER + outer

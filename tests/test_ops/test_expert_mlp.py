@@ -24,7 +24,7 @@ OP = sys.modules["coterie.ops.expert_mlp"]  # the package's attribute of that na
 FLOAT32_ONLY = (torch.float32, torch.float64)
 GPT_OSS = "swiglu(alpha=1.702, limit=7.0, up_offset=1.0)"
 ACTIVATIONS = ["swiglu", "geglu", "geglu_tanh", "reglu", GPT_OSS, "silu", "gelu", "gelu_tanh", "relu", "relu2"]
-PATHS = ["reference", "converted", "native", "onednn", "device"]
+PATHS = ["reference", "converted", "native", "onednn", "device", "triton"]
 if not torch.backends.mkldnn.is_available():
     PATHS.remove("onednn")
 
@@ -33,17 +33,18 @@ def take_path(patch: pytest.MonkeyPatch, path: str) -> str:
     """Forces one way through the op, and returns the `impl` to ask for.
 
     converted: a CPU without bfloat16 instructions, which multiplies it as float32. native: one that has them; also in
-    many small chunks. onednn: one that multiplies float32 by oneDNN, rows padded. device: what an accelerator runs.
+    many small chunks. onednn: one that multiplies float32 by oneDNN, rows padded. device: what an accelerator runs
+    without Triton. triton: its kernels in their interpreter.
     """
-    if path == "reference":
-        return "reference"
+    if path in ("reference", "triton"):
+        return path
     patch.setattr(OP, "_SINGLE_ROWS", -1)
     patch.setattr(_products, "multiplies_natively", lambda dtype: path != "converted" or dtype in FLOAT32_ONLY)
     patch.setattr(_products, "float32_by_onednn", lambda: path == "onednn")
     if path == "native":
         patch.setattr(_layout, "_CHUNK_NUMBERS", 400)
     if path == "device":
-        patch.setattr(OP, "_executor", lambda x: _expert_mlp_device)
+        patch.setattr(OP, "_executor", lambda x, impl: _expert_mlp_device)
         patch.setattr(_expert_mlp_device, "multiply_rows", _multiply_rows_device)
         patch.setattr(_expert_mlp_device, "multiply_columns", _multiply_columns_device)
     return "torch"
@@ -117,10 +118,10 @@ def _combinations():
     for path in PATHS:
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             for case in CASES:
-                if dtype == torch.float16 and (path not in ("reference", "converted") or case == "nobody"):
+                if dtype == torch.float16 and (path not in ("reference", "converted", "triton") or case == "nobody"):
                     continue  # few CPUs have instructions for it
-                if path == "device" and dtype == torch.float64:
-                    continue  # grouped_mm has none
+                if path in ("device", "triton") and dtype == torch.float64:
+                    continue  # neither grouped_mm nor the kernels have it
                 if case in ("one token", "one row", "width one") and dtype.itemsize == 2:
                     continue  # too few values for an error in norm: one cancellation decides
                 yield path, dtype, case
@@ -250,7 +251,7 @@ def test_a_handful_of_rows(dtype, threads, native, monkeypatch):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "device"], indirect=True)
+@pytest.mark.parametrize("path", [path for path in PATHS if path not in ("device", "triton")], indirect=True)
 def test_gradcheck(recompute, path):
     x, ids, *tensors = make_inputs(5, 3, 2, 4, 2, how="unused", dtype=torch.float64, bias=True)
 

@@ -176,17 +176,18 @@ def test_is_the_experts_of_gpt_oss(which):
 
 @pytest.mark.parametrize("tokens", [6, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(tokens, dtype):
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_opcheck(tokens, dtype, impl):
     x, ids, weights, *matrices = make_inputs(tokens, 6, 5, 4, 2, dtype=dtype, bias=True)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
     for keep, these in ((True, matrices), (False, [*matrices[:2], None, None])):
-        args = (x, ids, weights, *these, "swiglu", keep)
+        args = (x, ids, weights, *these, "swiglu", keep, impl)
         torch.library.opcheck(torch.ops.coterie.expert_mlp.default, args, **tolerance)
-    _, hidden, order, counts = torch.ops.coterie.expert_mlp.default(x, ids, weights, *matrices, "swiglu", True)
+    _, hidden, order, counts = torch.ops.coterie.expert_mlp.default(x, ids, weights, *matrices, "swiglu", True, impl)
     rest = [t.detach() for t in (x, weights, *matrices, hidden, order, counts)]
     rest[4] = rest[4].t().contiguous().t()  # a bias in another order of memory
     for needs in ([True] * 6, [False, False, True, False, False, True], [True, True, False, True, True, False]):
-        args = (torch.randn(tokens, 6).to(dtype), *rest, "swiglu", needs)
+        args = (torch.randn(tokens, 6).to(dtype), *rest, "swiglu", needs, impl)
         torch.library.opcheck(torch.ops.coterie.expert_mlp_backward.default, args, **tolerance)
 
 
@@ -206,7 +207,7 @@ def _good():
     return dict(zip(names, make_inputs(5, 4, 3, 6, 2, bias=True), strict=True))
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
@@ -250,7 +251,7 @@ def _good():
             ValueError,
             r"gate_up_proj must have E, 2F, D of at least 1, got 6, 0, 4",
         ),
-        ({"impl": "triton"}, ValueError, r"impl must be one of 'reference', 'torch', got 'triton'"),
+        ({"impl": "cuda"}, ValueError, r"impl must be one of 'reference', 'torch', 'triton', got 'cuda'"),
     ],
 )
 def test_wrong_arguments_are_named(impl, wrong, error, message):

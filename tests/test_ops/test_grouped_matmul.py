@@ -45,8 +45,10 @@ def _op(x, weight, counts, rows=None, bias=None, *, impl):
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("more", [{}, {"unused": 5, "gathered": True, "bias": True}], ids=["plain", "all"])
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
 def test_is_the_reference(counts, dtype, more, impl):
+    if impl == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels have no float64")
     check_op(_op, _inputs(COUNTS[counts], 7, 5, dtype, **more), impl)
 
 
@@ -59,17 +61,18 @@ def test_is_the_reference(counts, dtype, more, impl):
     st.booleans(),
     st.booleans(),
     st.sampled_from([1, 100, 2**18]),
+    st.sampled_from(["torch", "triton"]),
 )
 @fuzz
-def test_any_shape(counts, dim, width, unused, gathered, bias, onednn, chunk):
+def test_any_shape(counts, dim, width, unused, gathered, bias, onednn, chunk, impl):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_products, "float32_by_onednn", lambda: onednn and torch.backends.mkldnn.is_available())
         patch.setattr(_layout, "_CHUNK_NUMBERS", chunk)
         inputs = _inputs(counts, dim, width, torch.float32, unused=unused, gathered=gathered, bias=bias)
-        check_op(_op, inputs, "torch", layouts=["dense"])
+        check_op(_op, inputs, impl, layouts=["dense"])
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
 def test_memory_of_any_order(impl):
     x = torch.randn(6, 20).t().requires_grad_()  # [20, 6], transposed
     weight = torch.randn(6, 4, 3).permute(2, 1, 0).requires_grad_()  # [3, 4, 6]
@@ -80,11 +83,12 @@ def test_memory_of_any_order(impl):
 
 
 @pytest.mark.parametrize("which", ["x", "weight", "bias"])
-def test_only_what_is_asked_for(which):
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_only_what_is_asked_for(which, impl):
     inputs = _inputs(COUNTS["mixed"], 4, 6, torch.float32, unused=2, gathered=True, bias=True)
     for i, name in ((0, "x"), (1, "weight"), (4, "bias")):
         inputs[i].requires_grad_(name == which)
-    check_op(_op, inputs, "torch", layouts=["dense"])
+    check_op(_op, inputs, impl, layouts=["dense"])
 
 
 def test_gradcheck_and_twice():
@@ -100,13 +104,14 @@ def test_gradcheck_and_twice():
 
 @pytest.mark.parametrize("more", [{}, {"unused": 5, "gathered": True, "bias": True}], ids=["plain", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(more, dtype):
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_opcheck(more, dtype, impl):
     inputs = _inputs(COUNTS["mixed"], 4, 6, dtype, **more)
-    torch.library.opcheck(torch.ops.coterie.grouped_matmul.default, inputs, rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(torch.ops.coterie.grouped_matmul.default, (*inputs, impl), rtol=1e-5, atol=1e-5)
     x, weight, counts, rows, bias = (t if t is None else t.detach() for t in inputs)
     grad = torch.randn(x.shape[0] if rows is None else len(rows), 6).to(dtype)
     for needs in ([True, True, bias is not None], [False, True, False]):
-        args = (grad, x, weight, counts, rows, needs)
+        args = (grad, x, weight, counts, rows, needs, impl)
         torch.library.opcheck(torch.ops.coterie.grouped_matmul_backward.default, args, rtol=1e-5, atol=1e-5)
 
 
@@ -181,7 +186,7 @@ GOOD = {"x": torch.zeros(5, 4), "weight": torch.zeros(3, 2, 4), "counts": torch.
             ValueError,
             r"weight must have .* at least 1",
         ),
-        ({"impl": "triton"}, ValueError, r"impl must be one of 'reference', 'torch', got 'triton'"),
+        ({"impl": "cuda"}, ValueError, r"impl must be one of 'reference', 'torch', 'triton', got 'cuda'"),
     ],
 )
 def test_wrong_arguments_are_named(impl, wrong, error, message):

@@ -6,6 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def check_slots(slots: Tensor, num_experts: int) -> None:
+    """Raises for ids that no expert has; on an accelerator one would have to wait for the answer, so not there."""
+    # Nor in a compiled graph, which asking would break.
+    if slots.device.type == "cpu" and slots.numel() and not torch.compiler.is_compiling():
+        check_ids(*(limit.item() for limit in slots.aminmax()), num_experts)
+
+
 def check_ids(lowest: int, highest: int, num_experts: int) -> None:
     if lowest < 0 or highest > num_experts:
         wrong = lowest if lowest < 0 else highest
@@ -23,9 +30,7 @@ def sort_rows(expert_ids: Tensor, num_experts: int, *, radix: bool = False) -> t
         order [T·K] int64: order[n] is the slot t·K + k of sorted row n; counts [E] int64: rows of each expert.
     """
     slots = expert_ids.flatten()
-    # On an accelerator one would have to wait for the answer, in a compiled graph to break it.
-    if slots.device.type == "cpu" and slots.numel() and not torch.compiler.is_compiling():
-        check_ids(*(limit.item() for limit in slots.aminmax()), num_experts)
+    check_slots(slots, num_experts)
     if radix and num_experts < 2**15:
         order = torch.from_numpy(slots.numpy().astype(np.int16).argsort(kind="stable"))
     else:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from coterie.ops import _expert_mlp_cpu, _expert_mlp_device
+from coterie.ops import _expert_mlp_cpu, _expert_mlp_device, _expert_mlp_triton
 from coterie.ops._arguments import check_sizes, check_tensor, choose_impl
 from coterie.ops._autocast import autocast_dtype
 from coterie.ops._rows import sort_rows
@@ -46,7 +46,8 @@ def expert_mlp(
         activation: see `coterie.ops.activations`.
         recompute: keep only x for backward and form the hidden layer again: 2TD bytes kept in bfloat16 instead of
             2TD + 4TKF, for 22 % more FLOPs.
-        impl: "reference" (readable, any dtype, twice differentiable) | "torch" (fast on any device).
+        impl: "reference" (readable, any dtype, twice differentiable) | "torch" (fast on any device) | "triton" (GPUs;
+            float16, bfloat16 and float32). None: triton on a GPU that it runs on, else torch.
 
     Returns:
         [T, D] in x's dtype (under autocast: in autocast's). Sums run in float32. Gradients to x, weights, matrices
@@ -55,10 +56,10 @@ def expert_mlp(
     Raises:
         ValueError: a shape, an expert id (on a CPU; elsewhere one would have to wait for it) or a setting is wrong.
         TypeError: a dtype is. Every message names the argument, what came and what is accepted.
-        NotImplementedError: forward-mode differentiation of impl="torch"; the reference has it.
+        NotImplementedError: forward-mode differentiation of another impl than the reference.
     """
-    impl = choose_impl(impl, x, ("reference", "torch"))
     check_mlp(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation)
+    impl = choose_impl(impl, x)
     device = x.device.type
     matrices = {
         "gate_up_proj": gate_up_proj,
@@ -83,11 +84,11 @@ def expert_mlp(
     if not recorded and type(x) is Tensor and device != "meta" and not _is_transformed():
         # Nothing to record or trace: a decoding step need not pay for the custom op, nor for sorting.
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            if device == "cpu" and 0 < weights.numel() <= _SINGLE_ROWS:
+            if impl == "torch" and device == "cpu" and 0 < weights.numel() <= _SINGLE_ROWS:
                 return _expert_mlp_cpu.forward_unsorted(x, expert_ids, *tensors[1:], activation)
-            y, *_ = _executor(x).forward(x, expert_ids, *tensors[1:], activation, keep_hidden=False)
+            y, *_ = _executor(x, impl).forward(x, expert_ids, *tensors[1:], activation, keep_hidden=False)
     else:
-        y, *_ = _torch_op(x, expert_ids, *tensors[1:], activation, recorded and not recompute)
+        y, *_ = _op(x, expert_ids, *tensors[1:], activation, recorded and not recompute, impl)
     return y
 
 
@@ -102,7 +103,7 @@ def _reference(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, do
 
 
 @torch.library.custom_op("coterie::expert_mlp", mutates_args=())
-def _torch_op(
+def _op(
     x: Tensor,
     expert_ids: Tensor,
     weights: Tensor,
@@ -112,24 +113,29 @@ def _torch_op(
     down_bias: Tensor | None,
     activation: str,
     keep_hidden: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y [T, D], and what backward wants: hidden [N, 2F] ([0, 2F] unless kept), order [N], counts [E]."""
+    """y [T, D], and what backward wants: hidden [N, 2F] ([0, 2F] unless kept), the sorted order, counts [E]."""
     with torch.autocast(x.device.type, enabled=False):  # the dtypes of products are chosen there
-        return _executor(x).forward(
+        return _executor(x, impl).forward(
             x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, keep_hidden
         )
 
 
-@_torch_op.register_fake
-def _(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, keep_hidden):
+@_op.register_fake
+def _(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, keep_hidden, impl):
     num_experts, width, _ = gate_up_proj.shape
     num_rows = expert_ids.numel()
     hidden = x.new_empty(num_rows if keep_hidden else 0, width)
-    return x.new_empty(x.shape), hidden, expert_ids.new_empty(num_rows), expert_ids.new_empty(num_experts)
+    if impl == "triton":
+        order = expert_ids.new_empty(2, _expert_mlp_triton.num_places(num_rows), dtype=torch.int32)
+    else:
+        order = expert_ids.new_empty(num_rows)
+    return x.new_empty(x.shape), hidden, order, expert_ids.new_empty(num_experts)
 
 
 @torch.library.custom_op("coterie::expert_mlp_backward", mutates_args=())
-def _torch_backward(
+def _op_backward(
     grad: Tensor,
     x: Tensor,
     weights: Tensor,
@@ -142,13 +148,14 @@ def _torch_backward(
     counts: Tensor,
     activation: str,
     needs: list[bool],
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = (gate_up_proj, down_proj, gate_up_bias, down_bias)
     with torch.autocast(x.device.type, enabled=False):
-        return _executor(x).backward(grad, x, weights, *parameters, hidden, order, counts, activation, needs)
+        return _executor(x, impl).backward(grad, x, weights, *parameters, hidden, order, counts, activation, needs)
 
 
-@_torch_backward.register_fake
+@_op_backward.register_fake
 def _(
     grad,
     x,
@@ -162,26 +169,27 @@ def _(
     counts,
     activation,
     needs,
+    impl,
 ):
     inputs = (x, weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
     return tuple(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
 
 
 def _setup_context(ctx, inputs, output):
-    x, _, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, _ = inputs
+    x, _, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, _, impl = inputs
     _, hidden, order, counts = output
     ctx.save_for_backward(x, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, hidden, order, counts)
-    ctx.activation = activation
+    ctx.activation, ctx.impl = activation, impl
 
 
 def _backward(ctx, grad, *_):
     needed = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6)]
-    grads = _torch_backward(grad, *ctx.saved_tensors, ctx.activation, needed)
+    grads = _op_backward(grad, *ctx.saved_tensors, ctx.activation, needed, ctx.impl)
     grad_x, *others = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    return grad_x, None, *others, None, None
+    return grad_x, None, *others, None, None, None
 
 
-_torch_op.register_autograd(_backward, setup_context=_setup_context)
+_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _is_transformed() -> bool:
@@ -193,7 +201,9 @@ def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _executor(x: Tensor) -> ModuleType:
+def _executor(x: Tensor, impl: str) -> ModuleType:
+    if impl == "triton":
+        return _expert_mlp_triton
     return _expert_mlp_cpu if x.device.type == "cpu" else _expert_mlp_device
 
 

@@ -31,7 +31,8 @@ def grouped_matmul(
         counts: [E] int64, rows of each expert; their sum is at most N. Rows past it (unused slots) give 0.
         rows: [N] int64, which row of x each output row takes; the gathered rows are not kept for backward.
         bias: [E, O], in x's dtype.
-        impl: "reference" | "torch".
+        impl: "reference" | "torch" | "triton" (GPUs; float16, bfloat16 and float32). None: triton on a GPU that it runs
+            on, else torch.
 
     Returns:
         [N, O] in x's dtype, under autocast too. Gradients to x, weight and bias; an expert without rows has gradient 0.
@@ -41,7 +42,6 @@ def grouped_matmul(
             does not (elsewhere one would have to wait for the answer).
         TypeError: a dtype is wrong.
     """
-    impl = choose_impl(impl, x, ("reference", "torch"))
     check_tensor("x", x, (None, None), "[N, D]")
     check_tensor("weight", weight, (None, None, x.shape[1]), "[E, O, D]", dtype=x.dtype)
     check_tensor("counts", counts, (weight.shape[0],), "[E]", dtype=torch.int64)
@@ -50,9 +50,12 @@ def grouped_matmul(
         check_tensor("rows", rows, (None,), "[N]", dtype=torch.int64)
     if bias is not None:
         check_tensor("bias", bias, tuple(weight.shape[:2]), "[E, O]", dtype=x.dtype)
+    impl = choose_impl(impl, x)
     device = x.device.type
     with torch.autocast(device, enabled=False) if autocast_dtype(device) else nullcontext():
-        return (_reference if impl == "reference" else _torch_op)(x, weight, counts, rows, bias)
+        if impl == "reference":
+            return _reference(x, weight, counts, rows, bias)
+        return _op(x, weight, counts, rows, bias, impl)
 
 
 def _check_values(x: Tensor, counts: Tensor, rows: Tensor | None) -> None:
@@ -153,25 +156,50 @@ def _aligned(t: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("coterie::grouped_matmul", mutates_args=())
-def _torch_op(x: Tensor, weight: Tensor, counts: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
+def _op(x: Tensor, weight: Tensor, counts: Tensor, rows: Tensor | None, bias: Tensor | None, impl: str) -> Tensor:
     _check_values(x, counts, rows)
+    if impl == "triton":
+        from coterie_kernels.grouped_matmul import multiply_rows as multiply
+
+        tensors = (t if t is None else t.contiguous() for t in (rows, bias))
+        rows, bias = tensors
+        return multiply(x.contiguous(), weight.contiguous(), counts.contiguous(), rows=rows, bias=bias)
     y = multiply_rows(x if rows is None else x.index_select(0, rows), weight, counts)
     if bias is not None:
         y += bias_rows(bias, expert_of_rows(counts, y.shape[0]))
     return y
 
 
-@_torch_op.register_fake
-def _(x, weight, counts, rows, bias):
+@_op.register_fake
+def _(x, weight, counts, rows, bias, impl):
     return x.new_empty((x if rows is None else rows).shape[0], weight.shape[1])
 
 
 @torch.library.custom_op("coterie::grouped_matmul_backward", mutates_args=())
-def _torch_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor, rows: Tensor | None, needs: list[bool]
+def _op_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor, rows: Tensor | None, needs: list[bool], impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(grad.device.type, enabled=False):
-        return _gradients(grad.contiguous(), x, weight, counts, rows, *needs)
+        gradients = _gradients_triton if impl == "triton" else _gradients
+        return gradients(grad.contiguous(), x, weight, counts, rows, *needs)
+
+
+def _gradients_triton(grad, x, weight, counts, rows, needs_x, needs_weight, needs_bias):
+    from coterie_kernels import combine
+    from coterie_kernels import grouped_matmul as kernels
+
+    grad_x, grad_weight, grad_bias = (None for _ in range(3))
+    counts = counts.contiguous()
+    if needs_x:
+        grad_x = kernels.multiply_rows(grad, weight.contiguous(), counts, transposed=True)
+        if rows is not None:
+            grad_x = combine.combine_ragged(grad_x, rows, x.shape[0])
+    if needs_weight or needs_bias:
+        rows = rows if rows is None else rows.contiguous()
+        grad_weight, grad_bias = kernels.multiply_columns(
+            grad, x.contiguous(), counts, rows=rows, weight=needs_weight, bias=needs_bias
+        )
+    return tuple(grad.new_empty(0) if t is None else t for t in (grad_x, grad_weight, grad_bias))
 
 
 def _gradients(grad, x, weight, counts, rows, needs_x, needs_weight, needs_bias):
@@ -188,25 +216,25 @@ def _gradients(grad, x, weight, counts, rows, needs_x, needs_weight, needs_bias)
     return grad_x, grad_weight, grad_bias
 
 
-@_torch_backward.register_fake
-def _(grad, x, weight, counts, rows, needs):
+@_op_backward.register_fake
+def _(grad, x, weight, counts, rows, needs, impl):
     shapes = (x.shape, weight.shape, weight.shape[:2])
     return tuple(grad.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, counts, rows, _ = inputs
+    x, weight, counts, rows, _, ctx.impl = inputs
     ctx.save_for_backward(x, weight, counts, rows)
 
 
 def _backward(ctx, grad):
     x, weight, counts, rows = ctx.saved_tensors
-    needs_x, needs_weight, _, _, needs_bias = ctx.needs_input_grad
-    grads = _torch_backward(grad, x, weight, counts, rows, [needs_x, needs_weight, needs_bias])
+    needs_x, needs_weight, _, _, needs_bias, _ = ctx.needs_input_grad
+    grads = _op_backward(grad, x, weight, counts, rows, [needs_x, needs_weight, needs_bias], ctx.impl)
     grad_x, grad_weight, grad_bias = (
         grad if need else None for grad, need in zip(grads, (needs_x, needs_weight, needs_bias), strict=True)
     )
-    return grad_x, grad_weight, None, None, grad_bias
+    return grad_x, grad_weight, None, None, grad_bias, None
 
 
-_torch_op.register_autograd(_backward, setup_context=_setup_context)
+_op.register_autograd(_backward, setup_context=_setup_context)
