@@ -250,6 +250,24 @@ def test_a_handful_of_rows(dtype, threads, native, monkeypatch):
     assert len(called) == 2 * 3 * (len(sizes) - 1)  # none for no token
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", ["all", "addend", "nothing"])
+def test_addend(wanted, dtype, path):
+    inputs = make_inputs(60, 24, 16, 5, 2, how="unused", dtype=dtype, bias=True)
+    addend = torch.randn(24, 60).t().to(dtype).requires_grad_()
+    for t in (*inputs, addend):
+        if t.is_floating_point():
+            t.requires_grad_(wanted == "all" or (wanted == "addend" and t is addend))
+
+    def run(*args, impl):
+        *args, addend = args
+        x, ids, weights, up, down, up_bias, down_bias = args
+        biases = {"gate_up_bias": up_bias, "down_bias": down_bias}
+        return expert_mlp(x, ids, weights, up, down, **biases, addend=addend, impl=impl)
+
+    check_op(run, (*inputs, addend), path[1], layouts=["dense"], tolerances=WITH_BIASES[dtype])
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("path", [path for path in PATHS if path not in ("device", "triton")], indirect=True)
 def test_gradcheck(recompute, path):

@@ -181,9 +181,11 @@ def test_opcheck(tokens, dtype, impl):
     x, ids, weights, *matrices = make_inputs(tokens, 6, 5, 4, 2, dtype=dtype, bias=True)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
     for keep, these in ((True, matrices), (False, [*matrices[:2], None, None])):
-        args = (x, ids, weights, *these, "swiglu", keep, impl)
+        args = (x, ids, weights, *these, None, "swiglu", keep, impl)
         torch.library.opcheck(torch.ops.coterie.expert_mlp.default, args, **tolerance)
-    _, hidden, order, counts = torch.ops.coterie.expert_mlp.default(x, ids, weights, *matrices, "swiglu", True, impl)
+    _, hidden, order, counts = torch.ops.coterie.expert_mlp.default(
+        x, ids, weights, *matrices, None, "swiglu", True, impl
+    )
     rest = [t.detach() for t in (x, weights, *matrices, hidden, order, counts)]
     rest[4] = rest[4].t().contiguous().t()  # a bias in another order of memory
     for needs in ([True] * 6, [False, False, True, False, False, True], [True, True, False, True, True, False]):
@@ -224,6 +226,7 @@ def _good():
         ({"down_proj": torch.zeros(5, 4, 3)}, ValueError, r"down_proj .* = \[6, 4, 3\], got \(5, 4, 3\)"),
         ({"gate_up_bias": torch.zeros(6, 3)}, ValueError, r"gate_up_bias .* = \[6, 6\], got \(6, 3\)"),
         ({"down_bias": torch.zeros(4)}, ValueError, r"down_bias must have shape \[E, D\], got \(4,\)"),
+        ({"addend": torch.zeros(5, 3)}, ValueError, r"addend must have shape \[T, D\] = \[5, 4\], got \(5, 3\)"),
         ({"activation": "swish"}, ValueError, r"activation must be one of .*, got 'swish'"),
         ({"activation": "relu2"}, ValueError, r"down_proj .* = \[6, 4, 6\], got \(6, 4, 3\)"),
         (

@@ -154,9 +154,9 @@ def _sort(values: Any, stable: bool | None = True, dim: int = -1, descending: bo
     return op.TopK(values, op.Constant(value_ints=[values.shape[dim]]), axis=dim, largest=int(descending), sorted=1)
 
 
-def _expert_mlp_node(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, keep_hidden):
+def _expert_mlp_node(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, addend, activation, *_):
     """coterie::expert_mlp as a node that `_expert_mlp_text` is the meaning of; but for y its outputs are not used."""
-    assert (gate_up_bias, down_bias) == (None, None), "no Transformer has biases in its experts"
+    assert (gate_up_bias, down_bias, addend) == (None, None, None), "no Transformer has biases in its experts"
     inputs = (x, expert_ids, weights, gate_up_proj, down_proj)
     y = torch.onnx.ops.symbolic(f"{_DOMAIN}::expert_mlp", inputs, dtype=x.dtype, shape=x.shape, version=1)
     unused = x.new_empty(0)

@@ -20,7 +20,7 @@ class Experts(nn.Module):
         activation, recompute, impl: as in `expert_mlp`.
         bias: gate_up_bias [E, 2F] and down_bias [E, D].
 
-    Shapes: x [T, D], routing over the same T → [T, D]. Raises as `expert_mlp` does.
+    Shapes: x [T, D], routing over the same T, addend [T, D] to add to the result → [T, D]. Raises as `expert_mlp` does.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Experts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing, addend: Tensor | None = None) -> Tensor:
         tensors = (x, routing.expert_ids, routing.weights, self.gate_up_proj, self.down_proj)
         settings = {
             "gate_up_bias": self.gate_up_bias,
@@ -66,7 +66,10 @@ class Experts(nn.Module):
             "impl": self.impl,
         }
         lora = getattr(self, "lora", None)  # `add_lora` gives it
-        return (lora if lora is not None and lora.applies else expert_mlp)(*tensors, **settings)
+        if lora is None or not lora.applies:
+            return expert_mlp(*tensors, addend=addend, **settings)
+        y = lora(*tensors, **settings)
+        return y if addend is None else y + addend
 
     def extra_repr(self) -> str:
         num_experts, dim, hidden_dim = self.down_proj.shape

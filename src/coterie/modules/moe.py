@@ -86,10 +86,10 @@ class MoE(nn.Module):
         if token_mask is not None:
             x = without_padding(x, token_mask)
         routing = self.router(x, token_mask)
-        y = self.experts(x.reshape(-1, x.shape[-1]), routing).view_as(x)
+        shared = None
         if self.shared_expert is not None:
             shared = self.shared_expert(x)
             if self.shared_gate is not None:
                 shared = shared * torch.sigmoid(self.shared_gate(x))
-            y = y + shared
-        return y, routing
+            shared = shared.reshape(-1, x.shape[-1])
+        return self.experts(x.reshape(-1, x.shape[-1]), routing, shared).view_as(x), routing

@@ -79,8 +79,8 @@ class PackedLinear(Packed, nn.Linear):
 class PackedExperts(Packed, Experts):
     """Experts by one packed matrix per expert and layer."""
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        return packed_expert_mlp(
+    def forward(self, x: Tensor, routing: Routing, addend: Tensor | None = None) -> Tensor:
+        y = packed_expert_mlp(
             x,
             routing.expert_ids,
             routing.weights,
@@ -90,6 +90,7 @@ class PackedExperts(Packed, Experts):
             down_bias=self.down_bias,
             activation=self.activation,
         )
+        return y if addend is None else y + addend
 
     def extra_repr(self) -> str:
         num_experts, dim, hidden_dim = self.packed["down_proj"].shape

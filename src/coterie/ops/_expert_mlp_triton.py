@@ -17,14 +17,16 @@ def forward(
     down_bias: Tensor | None,
     activation: str,
     keep_hidden: bool,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, hidden, places [2, ≥ N] int32 (the slot of each sorted row, and the row of each slot), counts [E]."""
     from coterie_kernels import expert_mlp
 
     check_slots(expert_ids, gate_up_proj.shape[0])
     matrices = _in_dtype(x.dtype, gate_up_proj, down_proj, gate_up_bias, down_bias)
+    addend = addend if addend is None else addend.contiguous()
     return expert_mlp.forward(
-        x.contiguous(), expert_ids, weights.contiguous(), *matrices, None, _activation(activation), keep_hidden
+        x.contiguous(), expert_ids, weights.contiguous(), *matrices, addend, _activation(activation), keep_hidden
     )
 
 

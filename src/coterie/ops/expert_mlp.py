@@ -27,13 +27,14 @@ def expert_mlp(
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    addend: Tensor | None = None,
     activation: str = "swiglu",
     recompute: bool = False,
     impl: str | None = None,
 ) -> Tensor:
-    """y[t] = Σ_k weights[t,k] · (activation(x[t] @ gate_up_proj[e]ᵀ + b1[e]) @ down_proj[e]ᵀ + b2[e]).
+    """y[t] = Σ_k weights[t,k] · (activation(x[t] @ gate_up_proj[e]ᵀ + b1[e]) @ down_proj[e]ᵀ + b2[e]) + addend[t].
 
-    with e = expert_ids[t,k] and b1, b2 the optional biases.
+    with e = expert_ids[t,k], b1, b2 the optional biases and the addend optional too.
 
     Args:
         x: [T, D].
@@ -43,6 +44,7 @@ def expert_mlp(
         down_proj: [E, D, F].
         gate_up_bias: [E, 2F] or [E, F].
         down_bias: [E, D].
+        addend: [T, D], as a shared expert's output; the kernels add it while they sum.
         activation: see `coterie.ops.activations`.
         recompute: keep only x for backward and form the hidden layer again: 2TD bytes kept in bfloat16 instead of
             2TD + 4TKF, for 22 % more FLOPs.
@@ -59,6 +61,8 @@ def expert_mlp(
         NotImplementedError: forward-mode differentiation of another impl than the reference.
     """
     check_mlp(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation)
+    if addend is not None:
+        check_tensor("addend", addend, tuple(x.shape), "[T, D]")
     impl = choose_impl(impl, x)
     device = x.device.type
     matrices = {
@@ -76,20 +80,25 @@ def expert_mlp(
                 raise TypeError(f"{name} must have x's dtype, {x.dtype}, outside autocast; got {matrix.dtype}")
     if impl == "reference":
         cast = (t if t is None else t.to(x.dtype) for t in matrices.values())
-        return _reference(x, expert_ids, weights, *cast, activation)
+        y = _reference(x, expert_ids, weights, *cast, activation)
+        return y if addend is None else y + addend.to(x.dtype)
+    inside = None  # what the op adds itself
+    if impl == "triton" and addend is not None:
+        inside, addend = addend.to(x.dtype), None
     tensors = (x, weights, *matrices.values())
     if forward_ad._current_level >= 0 and any(t is not None and _has_tangent(t) for t in tensors):
         raise NotImplementedError("expert_mlp has no forward-mode derivatives but with impl='reference'")
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, inside))
     if not recorded and type(x) is Tensor and device != "meta" and not _is_transformed():
         # Nothing to record or trace: a decoding step need not pay for the custom op, nor for sorting.
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
             if impl == "torch" and device == "cpu" and 0 < weights.numel() <= _SINGLE_ROWS:
-                return _expert_mlp_cpu.forward_unsorted(x, expert_ids, *tensors[1:], activation)
-            y, *_ = _executor(x, impl).forward(x, expert_ids, *tensors[1:], activation, keep_hidden=False)
+                y = _expert_mlp_cpu.forward_unsorted(x, expert_ids, *tensors[1:], activation)
+            else:
+                y, *_ = _run(impl, inside, x, expert_ids, *tensors[1:], activation, False)
     else:
-        y, *_ = _op(x, expert_ids, *tensors[1:], activation, recorded and not recompute, impl)
-    return y
+        y, *_ = _op(x, expert_ids, *tensors[1:], inside, activation, recorded and not recompute, impl)
+    return y if addend is None else y + addend.to(y.dtype)
 
 
 def _reference(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation):
@@ -111,19 +120,19 @@ def _op(
     down_proj: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    addend: Tensor | None,
     activation: str,
     keep_hidden: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [T, D], and what backward wants: hidden [N, 2F] ([0, 2F] unless kept), the sorted order, counts [E]."""
     with torch.autocast(x.device.type, enabled=False):  # the dtypes of products are chosen there
-        return _executor(x, impl).forward(
-            x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, keep_hidden
-        )
+        parameters = (gate_up_proj, down_proj, gate_up_bias, down_bias)
+        return _run(impl, addend, x, expert_ids, weights, *parameters, activation, keep_hidden)
 
 
 @_op.register_fake
-def _(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, keep_hidden, impl):
+def _(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, addend, activation, keep_hidden, impl):
     num_experts, width, _ = gate_up_proj.shape
     num_rows = expert_ids.numel()
     hidden = x.new_empty(num_rows if keep_hidden else 0, width)
@@ -176,7 +185,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    x, _, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation, _, impl = inputs
+    x, _, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, _, activation, _, impl = inputs
     _, hidden, order, counts = output
     ctx.save_for_backward(x, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, hidden, order, counts)
     ctx.activation, ctx.impl = activation, impl
@@ -186,7 +195,7 @@ def _backward(ctx, grad, *_):
     needed = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6)]
     grads = _op_backward(grad, *ctx.saved_tensors, ctx.activation, needed, ctx.impl)
     grad_x, *others = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    return grad_x, None, *others, None, None, None
+    return grad_x, None, *others, grad if ctx.needs_input_grad[7] else None, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -199,6 +208,11 @@ def _is_transformed() -> bool:
 
 def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _run(impl: str, addend: Tensor | None, x: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    more = () if addend is None else (addend,)  # no other executor adds
+    return _executor(x, impl).forward(x, *args, *more)
 
 
 def _executor(x: Tensor, impl: str) -> ModuleType:
