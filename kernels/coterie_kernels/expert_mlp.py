@@ -64,7 +64,7 @@ def forward(
     num_rows, hidden_dim, top_k = expert_ids.numel(), down_proj.shape[2], expert_ids.shape[1]
     kept = x.new_empty(num_rows, width) if keep_hidden else None
     if num_rows:
-        tile = mlp_tile(target_of(x), x.dtype, hidden_dim, num_rows / num_experts, backward=False)
+        tile = mlp_tile(target_of(x), x.dtype, hidden_dim, num_rows / num_experts, "forward")
         rows = x.new_empty(num_rows, dim if tile.fused else hidden_dim)
         grid = (num_tiles(num_rows, num_experts, tile.rows), 1 if tile.fused else triton.cdiv(hidden_dim, tile.units))
         _forward[grid](
@@ -115,7 +115,8 @@ def backward(
     if not num_rows:
         inputs = (x, weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
         return tuple(torch.zeros_like(t) if need else None for t, need in zip(inputs, needs, strict=True))
-    tile = mlp_tile(target_of(x), x.dtype, hidden_dim, num_rows / num_experts, backward=True)
+    kind = "backward" if len(hidden) else "recompute"
+    tile = mlp_tile(target_of(x), x.dtype, hidden_dim, num_rows / num_experts, kind)
     chunks = 1 if tile.fused else triton.cdiv(hidden_dim, tile.units)
     up, down = needs_up or needs_up_bias, needs_down or needs_down_bias
     grad_hidden = x.new_empty(num_rows, width) if up or (needs_x and not tile.fused) else None
@@ -175,7 +176,7 @@ def _matrix_gradients(
     hidden_dim = 0 if scaled is None else scaled.shape[1]
     shapes = ((num_experts, width, dim), (num_experts, dim, hidden_dim), (num_experts, width), (num_experts, dim))
     grads = tuple(x.new_empty(shape) if need else None for shape, need in zip(shapes, needs, strict=True))
-    tile = column_tile(target_of(x), x.dtype, max(width, dim), max(dim, hidden_dim))
+    tile = column_tile(target_of(x), x.dtype, min(dim, hidden_dim or width))
     tiles = _tiles(width, dim, tile) + _tiles(dim, hidden_dim, tile)
     _multiply_mlp_columns[(num_experts * tiles,)](
         grad,
@@ -271,7 +272,7 @@ def _forward(
     if not FUSED:
         unit = tl.program_id(1) * UNITS
         activated = _activated(
-            x_ptr, up_ptr, up_bias_ptr, hidden_ptr, token, row, is_row, expert, unit, 1,
+            x_ptr, up_ptr, up_bias_ptr, hidden_ptr, token, row, is_row, expert, unit, 0, 1,
             DIM, HIDDEN, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, ROWS, UNITS, DEPTH, PRECISION,
         )  # fmt: skip
         unit += tl.arange(0, UNITS)
@@ -280,7 +281,7 @@ def _forward(
     else:
         CHUNKS: tl.constexpr = triton.next_power_of_2(tl.cdiv(HIDDEN, UNITS))
         activated = _activated(
-            x_ptr, up_ptr, up_bias_ptr, hidden_ptr, token, row, is_row, expert, 0, CHUNKS,
+            x_ptr, up_ptr, up_bias_ptr, hidden_ptr, token, row, is_row, expert, 0, 0, CHUNKS,
             DIM, HIDDEN, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, ROWS, UNITS, DEPTH, PRECISION,
         )  # fmt: skip
         unit = tl.arange(0, CHUNKS * UNITS)
@@ -302,27 +303,30 @@ def _forward(
 
 @triton.jit
 def _activated(
-    x_ptr, up_ptr, up_bias_ptr, hidden_ptr, token, row, is_row, expert, unit, CHUNKS: tl.constexpr,
+    x_ptr, up_ptr, up_bias_ptr, hidden_ptr, token, row, is_row, expert, unit, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     DIM: tl.constexpr, HIDDEN: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
     LIMIT: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, CHUNKS · UNITS]: the activation of hidden units `unit` and on, in x's dtype; their H is kept, if at all.
+    """[ROWS, CHUNKS · UNITS]: activations in x's dtype, from chunk CHUNK on; chunk 0 begins with hidden unit `unit`.
 
-    A chunk at a time, so that no more than one chunk's sums are in registers.
+    A chunk at a time, so that no more than one chunk's sums are in registers. Writes their H if that is kept.
     """
     if CHUNKS > 1:
         HALF: tl.constexpr = CHUNKS // 2
         left = _activated(
-            x_ptr, up_ptr, up_bias_ptr, hidden_ptr, token, row, is_row, expert, unit, HALF,
+            x_ptr, up_ptr, up_bias_ptr, hidden_ptr, token, row, is_row, expert, unit, CHUNK, HALF,
             DIM, HIDDEN, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, ROWS, UNITS, DEPTH, PRECISION,
         )  # fmt: skip
         right = _activated(
-            x_ptr, up_ptr, up_bias_ptr, hidden_ptr, token, row, is_row, expert, unit + HALF * UNITS, HALF,
+            x_ptr, up_ptr, up_bias_ptr, hidden_ptr, token, row, is_row, expert, unit, CHUNK + HALF, HALF,
             DIM, HIDDEN, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, ROWS, UNITS, DEPTH, PRECISION,
         )  # fmt: skip
         return _beside(left, right)
+    elif CHUNK * UNITS >= HIDDEN:
+        return tl.zeros([ROWS, UNITS], x_ptr.dtype.element_ty)
     else:
+        unit += CHUNK * UNITS
         gate, up = _hidden(
             x_ptr, up_ptr, up_bias_ptr, token, is_row, expert, unit, DIM, HIDDEN, GATED, ROWS, UNITS, DEPTH, PRECISION
         )
@@ -454,7 +458,7 @@ def _backward(
     unit = 0 if FUSED else tl.program_id(1) * UNITS
     grad_hidden, by_weight = _grad_hidden(
         grad_ptr, x_ptr, up_ptr, down_ptr, up_bias_ptr, hidden_ptr, grad_hidden_ptr, scaled_ptr,
-        slot // top_k, row, is_row, expert, weight, unit, CHUNKS,
+        slot // top_k, row, is_row, expert, weight, unit, 0, CHUNKS,
         DIM, HIDDEN, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, ROWS, UNITS, DEPTH, PRECISION,
     )  # fmt: skip
     if grad_weights_ptr is not None:
@@ -476,26 +480,30 @@ def _backward(
 @triton.jit
 def _grad_hidden(
     grad_ptr, x_ptr, up_ptr, down_ptr, up_bias_ptr, hidden_ptr, grad_hidden_ptr, scaled_ptr,
-    token, row, is_row, expert, weight, unit, CHUNKS: tl.constexpr,
+    token, row, is_row, expert, weight, unit, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     DIM: tl.constexpr, HIDDEN: tl.constexpr, FUNCTION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
     LIMIT: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient to H of units `unit` and on, columns as `_matrix_rows` has them, and ⟨dĀ, A⟩ [ROWS] over them."""
+    """The gradient to H, chunks as in `_activated`, columns as in `_matrix_rows`; and ⟨dĀ, A⟩ [ROWS] over them."""
     if CHUNKS > 1:
         HALF: tl.constexpr = CHUNKS // 2
         left, left_sum = _grad_hidden(
             grad_ptr, x_ptr, up_ptr, down_ptr, up_bias_ptr, hidden_ptr, grad_hidden_ptr, scaled_ptr,
-            token, row, is_row, expert, weight, unit, HALF,
+            token, row, is_row, expert, weight, unit, CHUNK, HALF,
             DIM, HIDDEN, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, ROWS, UNITS, DEPTH, PRECISION,
         )  # fmt: skip
         right, right_sum = _grad_hidden(
             grad_ptr, x_ptr, up_ptr, down_ptr, up_bias_ptr, hidden_ptr, grad_hidden_ptr, scaled_ptr,
-            token, row, is_row, expert, weight, unit + HALF * UNITS, HALF,
+            token, row, is_row, expert, weight, unit, CHUNK + HALF, HALF,
             DIM, HIDDEN, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, ROWS, UNITS, DEPTH, PRECISION,
         )  # fmt: skip
         return _beside(left, right), left_sum + right_sum
+    elif CHUNK * UNITS >= HIDDEN:
+        nothing = tl.zeros([ROWS, 2 * UNITS if GATED else UNITS], x_ptr.dtype.element_ty)
+        return nothing, tl.zeros([ROWS], tl.float32)
     else:
+        unit += CHUNK * UNITS
         own = unit + tl.arange(0, UNITS)
         is_unit = own < HIDDEN
         grad = grad_ptr + token.to(tl.int64)[:, None] * DIM

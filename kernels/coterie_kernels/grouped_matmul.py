@@ -41,7 +41,7 @@ def multiply_rows(
     y = torch.empty(num_rows, outer, dtype=x.dtype, device=x.device)
     if not num_rows:
         return y
-    tile = row_tile(target_of(x), x.dtype, outer, num_rows / num_experts)
+    tile = row_tile(target_of(x), x.dtype, num_rows / num_experts)
     grid = (num_tiles(num_rows, num_experts, tile.rows), triton.cdiv(outer, tile.columns))
     _multiply_rows[grid](
         x,
@@ -81,7 +81,7 @@ def multiply_columns(
     num_experts, outer, inner = counts.shape[0], a.shape[1], b.shape[1]
     grad = torch.empty(num_experts, outer, inner, dtype=a.dtype, device=a.device) if weight else None
     grad_bias = torch.empty(num_experts, outer, dtype=a.dtype, device=a.device) if bias else None
-    tile = column_tile(target_of(a), a.dtype, outer, inner)
+    tile = column_tile(target_of(a), a.dtype, min(outer, inner))
     tiles = triton.cdiv(outer, tile.rows) * triton.cdiv(inner, tile.columns)
     _multiply_columns[(num_experts * tiles,)](
         a,
@@ -257,5 +257,5 @@ def add_columns(
         tl.store(place, total.to(grad_ptr.dtype.element_ty), mask=is_outer[:, None] & is_inner[None, :])
     # Every column tile has the same sum; the first writes it.
     if grad_bias_ptr is not None and tile % column_tiles == 0:
-        place = grad_bias_ptr + expert * OUTER + outer
-        tl.store(place, total_bias.to(grad_bias_ptr.dtype.element_ty), mask=is_outer)
+        bias_place = grad_bias_ptr + expert * OUTER + outer
+        tl.store(bias_place, total_bias.to(grad_bias_ptr.dtype.element_ty), mask=is_outer)

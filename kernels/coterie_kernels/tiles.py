@@ -1,8 +1,27 @@
-"""Static tile sizes: for each target and class of shapes, how much a program takes. Nothing is tuned while running."""
+"""Static tile sizes: for each target and class of shapes, how much a program takes. Nothing is tuned while running.
 
+Every entry compiles without a spilled byte for its target and fits its shared memory (sm_80's the 99 KiB of 8.6, 8.9
+and 12.0 too); `python -m kernel_proof compile` shows it. Which are fastest only a GPU can tell.
+
+A table maps target → kernel → class → sizes:
+
+| kernel | class | sizes |
+|---|---|---|
+| fused_forward, fused_backward, fused_recompute | (F up to, rows) | depth, columns, warps, stages |
+| forward, backward, recompute: one launch a matrix | rows | units, depth, warps, stages |
+| multiply_rows | rows | columns, depth, warps, stages |
+| multiply_columns | the smaller side up to | rows, columns, depth, warps, stages |
+
+rows: of one expert that a program takes; units: of the hidden layer at a time; depth: what a sum runs over at a time;
+columns: of the result. "recompute" is backward that forms H again. 32-bit kernels have "float32 " before their name.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+Table = Mapping[str, Mapping[str, Mapping]]
 
 
 @dataclass(frozen=True)
@@ -32,13 +51,123 @@ class MlpTile:
     fused: bool
 
 
-def row_tile(target: str, dtype: torch.dtype, outer: int, rows_per_expert: float) -> Tile:
-    return Tile(64, 64, 32, 4, 2)
+_KINDS = ("forward", "backward", "recompute")
+_ANY = 1 << 30
 
 
-def column_tile(target: str, dtype: torch.dtype, outer: int, inner: int) -> Tile:
-    return Tile(64, 64, 32, 4, 2)
+def _half_precision(stages: int, fused: Mapping, unfused: Mapping) -> dict[str, dict]:
+    """What most entries are, but for the given ones; None: there is no such entry."""
+    usual, wide = (64, 64, 4, stages), (64, 64, 8, stages)
+    kernels = {}
+    for kind in _KINDS:
+        more = fused.get(kind, {})
+        classes = {
+            (width, rows): wide if rows == 64 else usual for width in (32, 64, 128, 256) for rows in (16, 32, 64)
+        }
+        kernels[f"fused_{kind}"] = {key: sizes for key, sizes in (classes | more).items() if sizes}
+        classes = {16: usual, 32: usual, 64: usual, 128: wide} | unfused.get(kind, {})
+        kernels[kind] = {key: sizes for key, sizes in classes.items() if sizes}
+    narrow = (128, 64, 4, stages)
+    kernels["multiply_rows"] = {16: narrow, 32: narrow, 64: narrow, 128: (128, 64, 8, stages)}
+    kernels["multiply_columns"] = {64: (64, 64, 64, 4, stages), _ANY: (128, 128, 64, 8, stages)}
+    return kernels
 
 
-def mlp_tile(target: str, dtype: torch.dtype, hidden_dim: int, rows_per_expert: float, *, backward: bool) -> MlpTile:
-    return MlpTile(64, 64, 32, 64, 8, 2, hidden_dim <= 256)
+def _float32(stages: int) -> dict[str, dict]:
+    kernels = {f"float32 {kind}": dict.fromkeys((16, 32, 64), (32, 32, 4, stages)) for kind in _KINDS}
+    kernels["float32 multiply_rows"] = dict.fromkeys((16, 32, 64), (64, 32, 4, stages))
+    kernels["float32 multiply_columns"] = {_ANY: (64, 64, 32, 4, stages)}
+    return kernels
+
+
+# NVIDIA pipelines three stages deep where shared memory and registers allow it, AMD's 64 KiB two.
+TILES: Table = {
+    "sm_80": _float32(3)
+    | _half_precision(
+        3,
+        {
+            "forward": {(256, 64): (64, 64, 8, 2)},
+            "backward": {
+                (128, 64): (64, 64, 8, 2),
+                (256, 16): (64, 64, 4, 2),
+                (256, 32): (64, 64, 8, 1),
+                (256, 64): None,
+            },
+            "recompute": {
+                (128, 32): (64, 64, 8, 1),
+                (128, 64): (32, 64, 8, 2),
+                (256, 16): (64, 64, 8, 2),
+                (256, 32): (32, 64, 8, 1),
+                (256, 64): None,
+            },
+        },
+        {"backward": {64: (64, 64, 8, 3), 128: (64, 32, 8, 3)}, "recompute": {64: (64, 64, 8, 3), 128: None}},
+    ),
+    "sm_90": _float32(3)
+    | _half_precision(
+        3,
+        _HOPPER := {
+            "forward": {(256, 32): (64, 64, 8, 3), (256, 64): (64, 64, 8, 2)},
+            "backward": {
+                (128, 64): (64, 64, 8, 2),
+                (256, 16): (64, 64, 4, 2),
+                (256, 32): (64, 64, 8, 2),
+                (256, 64): (64, 64, 8, 2),
+            },
+            "recompute": {
+                (128, 32): (64, 64, 8, 3),
+                (128, 64): (64, 64, 8, 2),
+                (256, 16): (64, 64, 8, 1),
+                (256, 32): (32, 64, 8, 1),
+                (256, 64): (64, 64, 8, 2),
+            },
+        },
+        {"backward": {64: (64, 64, 8, 3), 128: None}},
+    ),
+    "sm_100": _float32(3) | _half_precision(3, _HOPPER, {}),
+    "gfx942": _float32(2) | _half_precision(2, {kind: {(256, 64): (64, 64, 4, 2)} for kind in _KINDS}, {}),
+}
+
+
+def mlp_tile(target: str, dtype: torch.dtype, hidden_dim: int, rows_per_expert: float, kind: str) -> MlpTile:
+    """For "forward", "backward" or "recompute" of an MLP; rows_per_expert: N / E."""
+    if dtype != torch.float32:
+        classes = TILES[target][f"fused_{kind}"]
+        width = min((up_to for up_to, _ in classes if up_to >= hidden_dim), default=None)
+        if width is not None:
+            rows = _height([rows for up_to, rows in classes if up_to == width], rows_per_expert)
+            depth, columns, warps, stages = classes[width, rows]
+            return MlpTile(rows, _units(hidden_dim), depth, columns, warps, stages, fused=True)
+    classes = _classes(target, dtype, kind)
+    rows = _height(classes, rows_per_expert)
+    units, depth, warps, stages = classes[rows]
+    return MlpTile(rows, units, depth, 0, warps, stages, fused=False)
+
+
+def row_tile(target: str, dtype: torch.dtype, rows_per_expert: float) -> Tile:
+    """For one product a row."""
+    classes = _classes(target, dtype, "multiply_rows")
+    rows = _height(classes, rows_per_expert)
+    return Tile(rows, *classes[rows])
+
+
+def column_tile(target: str, dtype: torch.dtype, smaller: int) -> Tile:
+    """For the gradient to matrices whose smaller side is that."""
+    classes = _classes(target, dtype, "multiply_columns")
+    return Tile(*classes[min(up_to for up_to in classes if up_to >= smaller)])
+
+
+def _classes(target: str, dtype: torch.dtype, kernel: str) -> Mapping:
+    return TILES[target][f"float32 {kernel}" if dtype == torch.float32 else kernel]
+
+
+def _height(heights, rows_per_expert: float) -> int:
+    """The greatest with at most a sixth of the work on padding: an expert's last tile is half empty on average."""
+    return max((rows for rows in heights if 3 * rows <= rows_per_expert), default=min(heights))
+
+
+def _units(hidden_dim: int) -> int:
+    """Hidden units at a time: 64, or fewer where that leaves less padding."""
+    if hidden_dim <= 16:
+        return 16
+    return 32 if hidden_dim <= 128 and 0 < hidden_dim % 64 <= 32 else 64
