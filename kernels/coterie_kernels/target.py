@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+_INTERPRETED = triton.knobs.runtime.interpret  # kernels ask when they are defined, so no later change counts
 _aim: ContextVar[str] = ContextVar("aim", default="sm_90")
 
 
@@ -33,10 +34,11 @@ def aiming_at(target: str) -> Iterator[None]:
 def takes(tensor: Tensor) -> bool:
     """Whether kernels can run on this tensor's device: a GPU, or a CPU under TRITON_INTERPRET=1."""
     if tensor.device.type == "cpu":
-        return triton.knobs.runtime.interpret
+        return _INTERPRETED
     if tensor.device.type != "cuda":
         return False
-    return torch.version.hip is not None or _capability(tensor.device.index) >= (8, 0)
+    # Asked while torch.compile traces, which takes the properties of a device for constants.
+    return torch.version.hip is not None or torch.cuda.get_device_properties(tensor.device).major >= 8
 
 
 @cache

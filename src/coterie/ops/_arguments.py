@@ -2,12 +2,13 @@
 
 import importlib.util
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Not a cached function: torch.compile traces a constant, but warns of caches and cannot search for packages.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
@@ -57,7 +58,7 @@ def choose_impl(impl: str | None, tensor: Tensor, accepted: Sequence[str] = ("re
 
 
 def _takes(tensor: Tensor) -> bool:
-    if tensor.dtype not in TRITON_DTYPES or not _has_triton():
+    if tensor.dtype not in TRITON_DTYPES or not _HAS_TRITON:
         return False
     from coterie_kernels.target import takes
 
@@ -68,15 +69,10 @@ def _check_triton(tensor: Tensor) -> None:
     if tensor.dtype not in TRITON_DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in TRITON_DTYPES)
         raise TypeError(f"impl='triton' computes in {accepted}, got {tensor.dtype}")
-    if not _has_triton():
+    if not _HAS_TRITON:
         raise ImportError("impl='triton' needs the package triton, which is not installed; impl='torch' does without")
     if not _takes(tensor):
         raise ValueError(
             "impl='triton' runs on a GPU (NVIDIA from compute capability 8.0, or AMD), or on a CPU under "
             f"TRITON_INTERPRET=1; got a tensor on {tensor.device}"
         )
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coterie.ops import _routing_triton
 from coterie.ops._arguments import check_choice, check_tensor, choose_impl
 
 # Scores that a CPU sorts in the time of a few calls.
@@ -95,17 +96,18 @@ def route_topk(
         top_groups: how many groups a token may use.
         group_score: "max" (DeepSeek-V2) | "top2_sum" (DeepSeek-V3): what a group is worth.
         token_mask: [T] bool; False routes the token nowhere.
-        impl: "reference" (stable sort) | "torch" (top-k over order-preserving integer keys).
+        impl: "reference" (stable sort) | "torch" (top-k over order-preserving integer keys) | "triton" (one launch
+            forward, one backward; float16, bfloat16 and float32 logits).
 
     Returns:
         A `Routing`; its weights carry the exact gradient to `logits`.
 
     Raises:
         ValueError: a shape or a setting is wrong; the message names it, what came and what is accepted.
-        TypeError: token_mask is not bool.
+        TypeError: token_mask is not bool, or logits have a dtype that impl="triton" does not take.
     """
-    impl = choose_impl(impl, logits, ("reference", "torch"))
     check_tensor("logits", logits, (None, None), "[T, E]")
+    impl = choose_impl(impl, logits)
     num_tokens, num_experts = logits.shape
     check_choice("score", score, ("softmax", "sigmoid"))
     check_choice("order", order, ("before", "after"))
@@ -131,6 +133,21 @@ def route_topk(
         logits = logits.float()
     if token_mask is not None:  # first of all: NaN in padding would survive its gradient of 0
         logits = logits.masked_fill(~token_mask.unsqueeze(1), 0.0)
+    if impl == "triton":
+        weights, expert_ids = _routing_triton.route(
+            logits,
+            selection_bias,
+            token_mask,
+            top_k,
+            score,
+            order,
+            normalize,
+            scale,
+            num_groups,
+            top_groups,
+            group_score,
+        )
+        return Routing(expert_ids, weights, logits, num_experts, token_mask, score)
     score_fn = _softmax if score == "softmax" else torch.sigmoid
     scores = score_fn(logits) if order == "before" else logits
 
