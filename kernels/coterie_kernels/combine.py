@@ -5,7 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coterie_kernels.target import on_its_device
 
+
+@on_its_device
 def combine(
     rows: Tensor, position: Tensor, num_tokens: int, top_k: int, *, weights: Tensor | None, addend: Tensor | None
 ) -> Tensor:
@@ -28,11 +31,23 @@ def combine(
     tokens = max(1, 1024 // columns)
     grid = (triton.cdiv(num_tokens, tokens), triton.cdiv(dim, columns))
     _combine[grid](
-        rows, position, weights, addend, y, num_tokens, top_k, dim, TOKENS=tokens, COLUMNS=columns, num_warps=4
+        rows,
+        position,
+        weights,
+        addend,
+        y,
+        num_tokens,
+        top_k,
+        dim,
+        TOKENS=tokens,
+        COLUMNS=columns,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return y
 
 
+@on_its_device
 def combine_ragged(rows: Tensor, token: Tensor, num_tokens: int) -> Tensor:
     """y[t] = Σ of the rows n with token[n] = t, in the order of n, summed in float32.
 
@@ -50,7 +65,9 @@ def combine_ragged(rows: Tensor, token: Tensor, num_tokens: int) -> Tensor:
     ordered, order = token.sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(num_tokens + 1, device=token.device))
     columns = min(triton.next_power_of_2(dim), 256)
-    _combine_ragged[(num_tokens, triton.cdiv(dim, columns))](rows, order, starts, y, dim, COLUMNS=columns, num_warps=1)
+    _combine_ragged[(num_tokens, triton.cdiv(dim, columns))](
+        rows, order, starts, y, dim, COLUMNS=columns, num_warps=1, enable_fp_fusion=True
+    )
     return y
 
 

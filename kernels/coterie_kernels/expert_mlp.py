@@ -22,7 +22,7 @@ from coterie_kernels.expert_mlp_forward import forward_kernel
 from coterie_kernels.grouped_matmul import multiply_rows
 from coterie_kernels.schedule import num_tiles
 from coterie_kernels.sort import sort_slots
-from coterie_kernels.target import dot_precision, target_of
+from coterie_kernels.target import dot_precision, on_its_device, target_of
 from coterie_kernels.tiles import MlpTile, column_tile, mlp_tile
 
 
@@ -37,6 +37,7 @@ class Activation:
     up_offset: float = 0.0
 
 
+@on_its_device
 def forward(
     x: Tensor,
     expert_ids: Tensor,
@@ -90,6 +91,7 @@ def forward(
     return y, x.new_empty(0, width) if kept is None else kept, places, counts
 
 
+@on_its_device
 def backward(
     grad: Tensor,
     x: Tensor,
@@ -198,6 +200,7 @@ def _matrix_gradients(
         DEPTH=tile.depth,
         PRECISION=dot_precision(x),
         num_warps=tile.warps,
+        enable_fp_fusion=True,
         num_stages=tile.stages,
     )
     return grads
@@ -225,5 +228,6 @@ def _constants(x: Tensor, down_proj: Tensor, activation: Activation, tile: MlpTi
         "COLUMNS": tile.columns,
         "PRECISION": dot_precision(x),
         "num_warps": tile.warps,
+        "enable_fp_fusion": True,  # as Triton from 3.10 on no longer has it by itself
         "num_stages": tile.stages,
     }

@@ -10,10 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from coterie_kernels.schedule import locate, num_tiles
-from coterie_kernels.target import dot_precision, target_of
+from coterie_kernels.target import dot_precision, on_its_device, target_of
 from coterie_kernels.tiles import column_tile, row_tile
 
 
+@on_its_device
 def multiply_rows(
     x: Tensor,
     weight: Tensor,
@@ -61,11 +62,13 @@ def multiply_rows(
         DEPTH=tile.depth,
         PRECISION=dot_precision(x),
         num_warps=tile.warps,
+        enable_fp_fusion=True,
         num_stages=tile.stages,
     )
     return y
 
 
+@on_its_device
 def multiply_columns(
     a: Tensor, b: Tensor, counts: Tensor, *, rows: Tensor | None = None, weight: bool = True, bias: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -99,6 +102,7 @@ def multiply_columns(
         DEPTH=tile.depth,
         PRECISION=dot_precision(a),
         num_warps=tile.warps,
+        enable_fp_fusion=True,
         num_stages=tile.stages,
     )
     return grad, grad_bias

@@ -14,11 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coterie_kernels.target import on_its_device
+
 _ABSENT = tl.constexpr(-(2**31))
 _KEY_OF_NAN = tl.constexpr(2**31 - 1)
 _KEY_OF_MINUS_INF = tl.constexpr(-0x7F800001)
 
 
+@on_its_device
 def route_topk(
     logits: Tensor,
     selection_bias: Tensor | None,
@@ -46,33 +49,33 @@ def route_topk(
     groups = triton.next_power_of_2(num_groups)
     members = triton.next_power_of_2(num_experts // num_groups)
     rows, num_warps = tile_of(groups * members)
-    with torch.cuda.device_of(logits):
-        forward_kernel[(triton.cdiv(num_tokens, rows),)](
-            logits.contiguous(),
-            None if selection_bias is None else selection_bias.contiguous(),
-            None if token_mask is None else token_mask.contiguous(),
-            expert_ids,
-            weights,
-            num_tokens,
-            scale,
-            E=num_experts,
-            K=top_k,
-            SOFTMAX=score == "softmax",
-            BEFORE=order == "before",
-            NORMALIZE=normalize,
-            NUM_GROUPS=num_groups,
-            TOP_GROUPS=top_groups,
-            TOP2_SUM=group_score == "top2_sum",
-            ROWS=rows,
-            GROUPS=groups,
-            MEMBERS=members,
-            SLOTS=triton.next_power_of_2(top_k),
-            num_warps=num_warps,
-            enable_fp_fusion=True,  # as Triton 3.10 no longer has it
-        )
+    forward_kernel[(triton.cdiv(num_tokens, rows),)](
+        logits.contiguous(),
+        None if selection_bias is None else selection_bias.contiguous(),
+        None if token_mask is None else token_mask.contiguous(),
+        expert_ids,
+        weights,
+        num_tokens,
+        scale,
+        E=num_experts,
+        K=top_k,
+        SOFTMAX=score == "softmax",
+        BEFORE=order == "before",
+        NORMALIZE=normalize,
+        NUM_GROUPS=num_groups,
+        TOP_GROUPS=top_groups,
+        TOP2_SUM=group_score == "top2_sum",
+        ROWS=rows,
+        GROUPS=groups,
+        MEMBERS=members,
+        SLOTS=triton.next_power_of_2(top_k),
+        num_warps=num_warps,
+        enable_fp_fusion=True,  # as Triton 3.10 no longer has it
+    )
     return weights, expert_ids
 
 
+@on_its_device
 def route_topk_backward(
     grad_weights: Tensor,
     logits: Tensor,
@@ -90,25 +93,24 @@ def route_topk_backward(
         return grad_logits
     columns = triton.next_power_of_2(num_experts)
     rows, num_warps = tile_of(columns)
-    with torch.cuda.device_of(logits):
-        backward_kernel[(triton.cdiv(num_tokens, rows),)](
-            grad_weights.contiguous(),
-            logits.contiguous(),
-            expert_ids.contiguous(),
-            grad_logits,
-            num_tokens,
-            scale,
-            E=num_experts,
-            K=top_k,
-            SOFTMAX=score == "softmax",
-            BEFORE=order == "before",
-            NORMALIZE=normalize,
-            ROWS=rows,
-            COLUMNS=columns,
-            SLOTS=triton.next_power_of_2(top_k),
-            num_warps=num_warps,
-            enable_fp_fusion=True,  # as Triton 3.10 no longer has it
-        )
+    backward_kernel[(triton.cdiv(num_tokens, rows),)](
+        grad_weights.contiguous(),
+        logits.contiguous(),
+        expert_ids.contiguous(),
+        grad_logits,
+        num_tokens,
+        scale,
+        E=num_experts,
+        K=top_k,
+        SOFTMAX=score == "softmax",
+        BEFORE=order == "before",
+        NORMALIZE=normalize,
+        ROWS=rows,
+        COLUMNS=columns,
+        SLOTS=triton.next_power_of_2(top_k),
+        num_warps=num_warps,
+        enable_fp_fusion=True,  # as Triton 3.10 no longer has it
+    )
     return grad_logits
 
 

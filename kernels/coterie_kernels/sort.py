@@ -9,10 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coterie_kernels.target import on_its_device
+
 _MAX_PROGRAMS = 128  # each reads all counts, so that more would read more than they share out
 _MAX_NUMBERS = 8192  # in a block of slots × experts
 
 
+@on_its_device
 def sort_slots(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Sorts the N = T·K slots by expert, then token, then slot; unused slots come last.
 

@@ -1,9 +1,9 @@
 """For which hardware a launch chooses its tiles."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, wraps
 
 import torch
 import triton
@@ -63,3 +63,14 @@ def dot_precision(tensor: Tensor) -> str:
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee" if target_of(tensor) == "gfx942" else "tf32x3"
+
+
+def on_its_device(launcher: Callable) -> Callable:
+    """The launcher, on the device of its first tensor: Triton itself would take the current one."""
+
+    @wraps(launcher)
+    def launch(tensor: Tensor, *args, **settings):
+        with torch.cuda.device_of(tensor):
+            return launcher(tensor, *args, **settings)
+
+    return launch

@@ -14,6 +14,8 @@ LENGTHS = [3, 7, 40, 300, 5]  # few rows and many
 def _moe(kind):
     if kind == "plain":
         return MoE(8, 6, 4, 2)
+    if kind == "triton":
+        return MoE(8, 6, 4, 2, shared_hidden_dim=5, impl="triton")
     if kind == "recompute":
         return MoE(8, 6, 4, 2, recompute=True, activation="geglu")
     router = TopKRouter(
@@ -49,7 +51,9 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("kind", "masked"), [("plain", False), ("recompute", True), ("everything", True)])
+@pytest.mark.parametrize(
+    ("kind", "masked"), [("plain", False), ("recompute", True), ("everything", True), ("triton", True)]
+)
 def test_one_graph_for_every_length(kind, masked):
     """fullgraph=True raises at a graph break; the counter counts recompilations."""
     moe = _moe(kind)

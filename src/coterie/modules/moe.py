@@ -31,7 +31,7 @@ class MoE(nn.Module):
         shared_gate: scale the shared expert by σ(x @ wᵀ) per token (qwen2_moe).
         router: a module (x [..., D], token_mask) → Routing; a `TopKRouter` that renormalises by default.
         recompute: keep less for backward; see `expert_mlp`.
-        impl: which implementation of `expert_mlp`; None chooses.
+        impl: which implementation of `expert_mlp`, and of `route_topk` in the router that is built; None chooses.
 
     Shapes: x [..., D], token_mask [...] bool (False = padding, whatever it contains, NaN included: y is 0 there)
     → y [..., D], Routing over T = the product of the leading sizes.
@@ -62,7 +62,7 @@ class MoE(nn.Module):
         if shared_gate and not shared_hidden_dim:
             raise ValueError("shared_gate needs a shared expert: give shared_hidden_dim > 0")
         place = {"device": device, "dtype": dtype}
-        self.router = TopKRouter(dim, num_experts, top_k, **place) if router is None else router
+        self.router = TopKRouter(dim, num_experts, top_k, impl=impl, **place) if router is None else router
         self.experts = Experts(
             num_experts, dim, hidden_dim, activation=activation, bias=bias, recompute=recompute, impl=impl, **place
         )

@@ -27,6 +27,7 @@ class TopKRouter(nn.Module):
         bias: a learned bias on the logits (gpt-oss).
         selection_bias: a float32 buffer [E] that balances the load without a loss; it starts at zero and changes
             only in `update_selection_bias` (DeepSeek-V3).
+        impl: which implementation of `route_topk`; None chooses.
 
     Shapes: x [..., D], token_mask [...] bool (False = padding) → Routing over T = the product of the leading sizes.
 
@@ -50,6 +51,7 @@ class TopKRouter(nn.Module):
         group_score: str = "max",
         bias: bool = False,
         selection_bias: bool = False,
+        impl: str | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -62,7 +64,9 @@ class TopKRouter(nn.Module):
         # float32 whatever the model's dtype: steps of 1e-3 would drown in bfloat16.
         zeros = torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("selection_bias", zeros)
+        self.impl = None
         self._route(torch.zeros(0, num_experts, device="cpu"), None, None)  # refuses wrong settings now
+        self.impl = impl
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -94,6 +98,7 @@ class TopKRouter(nn.Module):
             top_groups=self.top_groups,
             group_score=self.group_score,
             token_mask=token_mask,
+            impl=self.impl,
         )
 
     def _apply(self, fn, recurse: bool = True):
