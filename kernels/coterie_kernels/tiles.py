@@ -1,7 +1,7 @@
 """Static tile sizes: for each target and class of shapes, how much a program takes. Nothing is tuned while running.
 
 Every entry compiles without a spilled byte for its target and fits its shared memory (sm_80's the 99 KiB of 8.6, 8.9
-and 12.0 too); `python -m kernel_proof compile` shows it. Which are fastest only a GPU can tell.
+and 12.0 too); `python -m coterie_kernels.proof compile` shows it. Which are fastest only a GPU can tell.
 
 A table maps target → kernel → class → sizes:
 
@@ -86,9 +86,9 @@ TILES: Table = {
     | _half_precision(
         3,
         {
-            "forward": {(256, 64): (64, 64, 8, 2)},
+            "forward": {(128, 16): (64, 64, 4, 2), (256, 64): (64, 64, 8, 2)},
             "backward": {
-                (128, 64): (64, 64, 8, 2),
+                (128, 64): (64, 32, 8, 2),
                 (256, 16): (64, 64, 4, 2),
                 (256, 32): (64, 64, 8, 1),
                 (256, 64): None,
@@ -96,13 +96,14 @@ TILES: Table = {
             "recompute": {
                 (128, 32): (64, 64, 8, 1),
                 (128, 64): (32, 64, 8, 2),
-                (256, 16): (64, 64, 8, 2),
+                (256, 16): (32, 64, 8, 2),
                 (256, 32): (32, 64, 8, 1),
                 (256, 64): None,
             },
         },
         {"backward": {64: (64, 64, 8, 3), 128: (64, 32, 8, 3)}, "recompute": {64: (64, 64, 8, 3), 128: None}},
-    ),
+    )
+    | {"multiply_columns": {64: (64, 64, 64, 4, 3), _ANY: (128, 128, 32, 8, 3)}},
     "sm_90": _float32(3)
     | _half_precision(
         3,
@@ -124,8 +125,18 @@ TILES: Table = {
         },
         {"backward": {64: (64, 64, 8, 3), 128: None}},
     ),
-    "sm_100": _float32(3) | _half_precision(3, _HOPPER, {}),
-    "gfx942": _float32(2) | _half_precision(2, {kind: {(256, 64): (64, 64, 4, 2)} for kind in _KINDS}, {}),
+    "sm_100": _float32(3)
+    | _half_precision(3, _HOPPER | {"backward": _HOPPER["backward"] | {(256, 16): (64, 64, 8, 2)}}, {}),
+    "gfx942": _float32(2)
+    | _half_precision(
+        2,
+        {
+            "forward": {(256, 64): (32, 64, 4, 2)},
+            "backward": {(256, 64): (64, 64, 4, 2)},
+            "recompute": {(256, 64): (64, 64, 4, 2)},
+        },
+        {},
+    ),
 }
 
 

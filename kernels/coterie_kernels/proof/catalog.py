@@ -1,0 +1,229 @@
+"""Every launcher, with examples that reach all there is to prove. A new kernel joins by one more entry in `CATALOG`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coterie_kernels import combine, expert_mlp, grouped_matmul, routing, sort
+from coterie_kernels.tiles import TILES
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_SWIGLU = expert_mlp.Activation("silu", True)
+
+
+@dataclass(frozen=True)
+class Example:
+    """run() makes tensors, launches, and returns the results; the same to the bit every time."""
+
+    label: str
+    run: Callable[[], Sequence[Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A mechanism's launchers.
+
+    Attributes:
+        name: of the file in `coterie_kernels`.
+        small: examples that the interpreter runs in seconds: odd sizes, empty experts, every branch.
+        matrix: (target, dtype) → examples that compile every entry of its tile tables.
+        multiplies: the kernels that must use tensor cores where the dtype has them.
+    """
+
+    name: str
+    small: Callable[[], Iterator[Example]]
+    matrix: Callable[[str, torch.dtype], Iterator[Example]]
+    multiplies: tuple[str, ...] = ()
+
+
+def _ids(tokens: int, num_experts: int, top_k: int, how: str = "random") -> Tensor:
+    """[T, K] expert ids: "random", "unused" (some slots are), "skewed", "one" (all to one expert)."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand(tokens, num_experts, generator=generator).argsort(1)[:, :top_k]
+    if how == "unused":
+        return ids.masked_fill(torch.rand(tokens, top_k, generator=generator) < 0.4, num_experts)
+    if how == "skewed":
+        return (num_experts * torch.rand(tokens, top_k, generator=generator) ** 4).long()
+    return torch.full_like(ids, num_experts // 2) if how == "one" else ids
+
+
+def _randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def run_expert_mlp(
+    tokens: int,
+    dim: int,
+    hidden: int,
+    num_experts: int,
+    top_k: int,
+    dtype: torch.dtype,
+    *,
+    how: str = "random",
+    bias: bool = False,
+    recompute: bool = False,
+    activation: expert_mlp.Activation = _SWIGLU,
+    needs: Sequence[bool] | None = None,
+) -> list[Tensor | None]:
+    """The MLP's forward and backward, of random numbers."""
+    width = 2 * hidden if activation.gated else hidden
+    ids = _ids(tokens, num_experts, top_k, how)
+    weights = _randn(tokens, top_k, dtype=torch.float32, seed=1).abs()
+    x, grad, addend = (_randn(tokens, dim, dtype=dtype, seed=seed) for seed in (2, 3, 4))
+    up = _randn(num_experts, width, dim, dtype=dtype, seed=5) / dim**0.5
+    down = _randn(num_experts, dim, hidden, dtype=dtype, seed=6) / hidden**0.5
+    biases = (
+        _randn(num_experts, width, dtype=dtype, seed=7) if bias else None,
+        _randn(num_experts, dim, dtype=dtype, seed=8) if bias else None,
+    )
+    y, *kept = expert_mlp.forward(
+        x, ids, weights, up, down, *biases, addend if bias else None, activation, not recompute
+    )
+    needs = [True] * 4 + [bias] * 2 if needs is None else needs
+    return [y, *expert_mlp.backward(grad, x, weights, up, down, *biases, *kept, activation, needs)]
+
+
+def _small_expert_mlp() -> Iterator[Example]:
+    gpt_oss = expert_mlp.Activation("silu", True, 1.702, 7.0, 1.0)
+    cases = {
+        "odd": ((33, 37, 25, 5, 3), {"how": "unused", "bias": True}),
+        "odd, recompute": ((33, 37, 25, 5, 3), {"how": "unused", "bias": True, "recompute": True}),
+        "two chunks": ((20, 40, 96, 3, 2), {"how": "skewed"}),
+        "four chunks, one empty": ((20, 40, 161, 3, 2), {"recompute": True, "activation": gpt_oss}),
+        "wide": ((20, 40, 270, 3, 2), {"how": "skewed", "bias": True}),
+        "wide, recompute": ((20, 40, 270, 3, 2), {"bias": True, "recompute": True}),
+        "no gate": ((20, 16, 24, 4, 2), {"activation": expert_mlp.Activation("relu2", False)}),
+        "one expert of many": ((30, 24, 16, 9, 2), {"how": "one"}),
+        "tall tiles": ((200, 24, 16, 1, 1), {}),
+        "only biases": ((20, 24, 16, 3, 2), {"bias": True, "needs": [False] * 4 + [True] * 2}),
+    }
+    for label, (sizes, settings) in cases.items():
+        for dtype in DTYPES if label == "odd" else (torch.bfloat16, torch.float32):
+            yield Example(f"{label}, {_name(dtype)}", lambda a=sizes, d=dtype, s=settings: run_expert_mlp(*a, d, **s))
+
+
+def _matrix_expert_mlp(target: str, dtype: torch.dtype) -> Iterator[Example]:
+    """Heights come from N / E, classes from F; one D with biases and one without.
+
+    float16 compiles as bfloat16 does, and no float32 entry depends on F: a few of each are enough.
+    """
+    experts, top_k = 8, 4
+    heights = sorted(TILES[target]["float32 forward" if dtype == torch.float32 else "forward"])
+    widths = {torch.float16: (64, 256), torch.float32: (96, 512)}.get(dtype, (32, 64, 96, 128, 192, 256, 384, 512))
+    for hidden in widths:
+        for rows in heights:
+            if hidden <= 256 and rows > 64:
+                continue  # no fused tile is taller
+            for dim, bias in ((256, False), (1024, True)):
+                for recompute in (False, True):
+                    sizes = (4 * rows * experts // top_k, dim, hidden, experts, top_k, dtype)
+                    more = {"bias": bias, "recompute": recompute}
+                    label = f"D {dim}, F {hidden}, {rows} rows" + ", bias" * bias + ", recompute" * recompute
+                    yield Example(label, lambda a=sizes, s=more: run_expert_mlp(*a, **s))
+
+
+def run_grouped_matmul(
+    counts: Sequence[int], dim: int, outer: int, dtype: torch.dtype, *, gathered: bool, bias: bool
+) -> list[Tensor | None]:
+    """The product and its gradients; three rows belong to no expert."""
+    num_rows = sum(counts) + 3
+    tokens = num_rows // 2 + 1 if gathered else num_rows
+    x, grad = _randn(tokens, dim, dtype=dtype, seed=1), _randn(num_rows, outer, dtype=dtype, seed=2)
+    weight = _randn(len(counts), outer, dim, dtype=dtype, seed=3)
+    rows = torch.randint(tokens, (num_rows,), generator=torch.Generator().manual_seed(4)) if gathered else None
+    biases = _randn(len(counts), outer, dtype=dtype, seed=5) if bias else None
+    counts = torch.tensor(counts)
+    y = grouped_matmul.multiply_rows(x, weight, counts, rows=rows, bias=biases)
+    grad_rows = grouped_matmul.multiply_rows(grad, weight, counts, transposed=True)
+    grads = grouped_matmul.multiply_columns(grad, x, counts, rows=rows, bias=bias)
+    return [y, combine.combine_ragged(grad_rows, rows, tokens) if gathered else grad_rows, *grads]
+
+
+def _small_grouped_matmul() -> Iterator[Example]:
+    for dtype in DTYPES:
+        for gathered in (False, True):
+            sizes = ([5, 0, 33, 1], 19, 21, dtype)
+            label = f"{'gathered, ' * gathered}{_name(dtype)}"
+            yield Example(label, lambda a=sizes, g=gathered: run_grouped_matmul(*a, gathered=g, bias=g))
+
+
+def _matrix_grouped_matmul(target: str, dtype: torch.dtype) -> Iterator[Example]:
+    kernel = "float32 multiply_rows" if dtype == torch.float32 else "multiply_rows"
+    for rows in sorted(TILES[target][kernel]):
+        for dim, outer in ((256, 64), (512, 1024), (130, 70)):
+            for more in (False, True):
+                sizes = ([4 * rows] * 4, dim, outer, dtype)
+                label = f"D {dim}, O {outer}, {rows} rows" + ", gathered, bias" * more
+                yield Example(label, lambda a=sizes, m=more: run_grouped_matmul(*a, gathered=m, bias=m))
+
+
+def run_sort(tokens: int, num_experts: int, top_k: int, how: str) -> list[Tensor]:
+    places, counts = sort.sort_slots(_ids(tokens, num_experts, top_k, how), num_experts)
+    return [places[:, : tokens * top_k], counts]
+
+
+def _small_sort() -> Iterator[Example]:
+    for sizes in ((40, 5, 2, "unused"), (700, 7, 3, "skewed"), (300, 60, 8, "random"), (9, 4, 1, "one")):
+        yield Example(f"T {sizes[0]}, E {sizes[1]}, {sizes[3]}", lambda a=sizes: run_sort(*a))
+
+
+def _matrix_sort(target: str, dtype: torch.dtype) -> Iterator[Example]:
+    if dtype == torch.float32:  # there is no other
+        for tokens in (8, 4096):
+            for num_experts in (8, 60, 128, 256, 1024):
+                sizes = (tokens, num_experts, 4, "random")
+                yield Example(f"T {tokens}, E {num_experts}", lambda a=sizes: run_sort(*a))
+
+
+def run_routing(
+    tokens: int, num_experts: int, top_k: int, dtype: torch.dtype, *, masked: bool, groups: int, settings: Sequence
+) -> list[Tensor]:
+    """settings: score, order, normalize, scale."""
+    logits = _randn(tokens, num_experts, dtype=dtype, seed=1)
+    bias = _randn(num_experts, dtype=torch.float32, seed=2) if masked else None
+    mask = _randn(tokens, dtype=torch.float32, seed=3) > -1 if masked else None
+    group = (groups, max(groups // 2, 1), "top2_sum" if masked else "max")
+    weights, ids = routing.route_topk(logits, bias, mask, top_k, *settings, *group)
+    grad = _randn(tokens, top_k, dtype=torch.float32, seed=4)
+    return [weights, ids, routing.route_topk_backward(grad, logits, ids, *settings)]
+
+
+_SETTINGS = (("softmax", "before", True, 1.0), ("sigmoid", "before", True, 2.5), ("softmax", "after", False, 1.0))
+
+
+def _small_routing() -> Iterator[Example]:
+    for settings in _SETTINGS:
+        for masked in (False, True):
+            more = {"masked": masked, "groups": 4 if masked else 1, "settings": settings}
+            label = f"{settings[0]} {settings[1]}" + ", groups, mask" * masked
+            yield Example(label, lambda s=more: run_routing(37, 20, 3, torch.float32, **s))
+
+
+def _matrix_routing(target: str, dtype: torch.dtype) -> Iterator[Example]:
+    for num_experts in (8, 64, 256, 1024):
+        for top_k in (1, 8, 16):
+            for settings in _SETTINGS:
+                groups = 8 if settings[0] == "sigmoid" and num_experts > 16 else 1
+                more = {"masked": groups > 1, "groups": groups, "settings": settings}
+                sizes = (64, num_experts, min(top_k, num_experts), dtype)
+                label = f"E {num_experts}, K {top_k}, {settings[0]} {settings[1]}"
+                yield Example(label, lambda a=sizes, s=more: run_routing(*a, **s))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+CATALOG = (
+    Entry("sort", _small_sort, _matrix_sort),
+    Entry("routing", _small_routing, _matrix_routing),
+    Entry("grouped_matmul", _small_grouped_matmul, _matrix_grouped_matmul, ("_multiply_rows", "_multiply_columns")),
+    Entry(
+        "expert_mlp",
+        _small_expert_mlp,
+        _matrix_expert_mlp,
+        ("forward_kernel", "backward_kernel", "multiply_mlp_columns", "_multiply_rows"),
+    ),
+)
