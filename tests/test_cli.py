@@ -381,9 +381,13 @@ def test_inspect_a_run_shows_all_its_models(compared, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("", "coterie: no command, must be one of train, generate, export, inspect (see coterie --help)"),
+        ("", "coterie: no command, must be one of train, generate, export, inspect, tune (see coterie --help)"),
         ("trian", "coterie: unknown command 'trian', did you mean 'train'?"),
-        ("fly", "coterie: unknown command 'fly', must be one of train, generate, export, inspect (see coterie --help)"),
+        (
+            "fly",
+            "coterie: unknown command 'fly', must be one of train, generate, export, inspect, tune "
+            "(see coterie --help)",
+        ),
         (
             "train --stps 3",
             "coterie train: unrecognized options: --stps, 3; did you mean --steps? (see coterie train --help)",
@@ -437,6 +441,7 @@ def test_inspect_a_run_shows_all_its_models(compared, capsys):
         ("train --device meta", "coterie train: --device meta is of no use here: "),
         ("train --device hpu", "coterie train: --device hpu is of no use here: "),
         ("train --device abacus", "coterie train: --device abacus is of no use here: "),
+        ("tune tiny", "coterie tune: tiles are measured on a GPU, and there is none here"),
         ("inspect tiny --length 0", "coterie inspect: length must be at least 1, got 0"),
     ],
 )
@@ -583,16 +588,17 @@ def test_without_matplotlib_the_picture_is_skipped(train, tmp_path, capsys, monk
     assert not (tmp_path / "run" / "report.png").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["export"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["export"], ["inspect"], ["tune"]])
 def test_help_names_every_option(command, capsys):
     assert main([*command, "--help"]) == 0
     printed = capsys.readouterr().out
     expected = {
-        (): ["train", "generate", "export", "inspect"],
+        (): ["train", "generate", "export", "inspect", "tune"],
         ("train",): ["--preset NAME", "--compare {dense,dense-params}", "--steps INT", "--resume", "(default: tiny)"],
         ("generate",): ["RUN", "--prompt TEXT", "--max-new-tokens INT", "--top-p FLOAT", "(default: 200)"],
         ("export",): ["RUN", "--format {hf,gguf,onnx}", "--out PATH", "--dtype {f32,f16,bf16,q8_0}"],
         ("inspect",): ["PRESET|RUN", "--length INT", "--json"],
+        ("tune",): ["PRESET|RUN", "--dtype {float16,bfloat16,float32}", "--out FILE", "(default: tiles.json)"],
     }[tuple(command)]
     assert [text for text in expected if text not in printed] == []
 

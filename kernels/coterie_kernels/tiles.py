@@ -1,7 +1,8 @@
 """Static tile sizes: for each target and class of shapes, how much a program takes. Nothing is tuned while running.
 
 Every entry compiles without a spilled byte for its target and fits its shared memory (sm_80's the 99 KiB of 8.6, 8.9
-and 12.0 too); `python -m coterie_kernels.proof compile` shows it. Which are fastest only a GPU can tell.
+and 12.0 too); `python -m coterie_kernels.proof compile` shows it. Which are fastest only a GPU can tell: `coterie tune`
+measures there and writes a table of this form, for `use_tiles`.
 
 A table maps target → kernel → class → sizes:
 
@@ -16,12 +17,15 @@ rows: of one expert that a program takes; units: of the hidden layer at a time; 
 columns: of the result. "recompute" is backward that forms H again. 32-bit kernels have "float32 " before their name.
 """
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-Table = Mapping[str, Mapping[str, Mapping]]
+Table = dict[str, dict[str, dict]]
 
 
 @dataclass(frozen=True)
@@ -140,36 +144,109 @@ TILES: Table = {
 }
 
 
+def use_tiles(table: Table | str | os.PathLike) -> None:
+    """Takes the entries of a table, or of the file that `coterie tune` wrote, in place of ours, in this process.
+
+    Raises:
+        ValueError: a target, kernel or class that there is not, or sizes of another number; nothing is then taken.
+    """
+    if not isinstance(table, Mapping):
+        table = read_tiles(table)
+    for target, kernel, key, sizes in _entries(table):
+        where = f"tiles: {target}, {kernel}, {key}"
+        ours = TILES.get(target, {}).get(kernel)
+        if ours is None or type(key) is not type(next(iter(ours))):
+            raise ValueError(f"{where}: there is no such target, kernel or class")
+        wanted = len(next(iter(ours.values())))
+        if len(sizes) != wanted or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"{where}: must be {wanted} positive integers, got {sizes}")
+    for target, kernel, key, sizes in _entries(table):
+        TILES[target][kernel][key] = tuple(sizes)
+
+
+def read_tiles(path: str | os.PathLike) -> Table:
+    """The table in a file; classes of two numbers are written "128, 64"."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {
+            target: {
+                kernel: {_key(text): tuple(sizes) for text, sizes in classes.items()}
+                for kernel, classes in kernels.items()
+            }
+            for target, kernels in raw.items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no table of tiles: {error}") from error
+
+
+def write_tiles(path: str | os.PathLike, table: Table) -> None:
+    """Whole or not at all: under another name first."""
+    raw: dict = {}
+    for target, kernel, key, sizes in _entries(table):
+        text = ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+        raw.setdefault(target, {}).setdefault(kernel, {})[text] = list(sizes)
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(raw, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _entries(table: Table):
+    for target, kernels in table.items():
+        for kernel, classes in kernels.items():
+            for key, sizes in classes.items():
+                yield target, kernel, key, sizes
+
+
+def _key(text: str) -> int | tuple[int, ...]:
+    numbers = tuple(int(number) for number in text.split(","))
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 def mlp_tile(target: str, dtype: torch.dtype, hidden_dim: int, rows_per_expert: float, kind: str) -> MlpTile:
     """For "forward", "backward" or "recompute" of an MLP; rows_per_expert: N / E."""
+    name, width = mlp_class(target, dtype, hidden_dim, kind)
+    classes = TILES[target][name]
+    if width is None:
+        rows = _height(classes, rows_per_expert)
+        units, depth, warps, stages = classes[rows]
+        return MlpTile(rows, units, depth, 0, warps, stages, fused=False)
+    rows = _height([rows for up_to, rows in classes if up_to == width], rows_per_expert)
+    depth, columns, warps, stages = classes[width, rows]
+    return MlpTile(rows, _units(hidden_dim), depth, columns, warps, stages, fused=True)
+
+
+def mlp_class(target: str, dtype: torch.dtype, hidden_dim: int, kind: str) -> tuple[str, int | None]:
+    """The kernel's name in the table, and up to which F its class goes; None: experts too wide to be fused."""
     if dtype != torch.float32:
-        classes = TILES[target][f"fused_{kind}"]
-        width = min((up_to for up_to, _ in classes if up_to >= hidden_dim), default=None)
-        if width is not None:
-            rows = _height([rows for up_to, rows in classes if up_to == width], rows_per_expert)
-            depth, columns, warps, stages = classes[width, rows]
-            return MlpTile(rows, _units(hidden_dim), depth, columns, warps, stages, fused=True)
-    classes = _classes(target, dtype, kind)
-    rows = _height(classes, rows_per_expert)
-    units, depth, warps, stages = classes[rows]
-    return MlpTile(rows, units, depth, 0, warps, stages, fused=False)
+        widths = {up_to for up_to, _ in TILES[target][f"fused_{kind}"] if up_to >= hidden_dim}
+        if widths:
+            return f"fused_{kind}", min(widths)
+    return _named(dtype, kind), None
 
 
 def row_tile(target: str, dtype: torch.dtype, rows_per_expert: float) -> Tile:
     """For one product a row."""
-    classes = _classes(target, dtype, "multiply_rows")
+    classes = TILES[target][_named(dtype, "multiply_rows")]
     rows = _height(classes, rows_per_expert)
     return Tile(rows, *classes[rows])
 
 
 def column_tile(target: str, dtype: torch.dtype, smaller: int) -> Tile:
     """For the gradient to matrices whose smaller side is that."""
-    classes = _classes(target, dtype, "multiply_columns")
-    return Tile(*classes[min(up_to for up_to in classes if up_to >= smaller)])
+    return Tile(*TILES[target][_named(dtype, "multiply_columns")][column_class(target, dtype, smaller)])
 
 
-def _classes(target: str, dtype: torch.dtype, kernel: str) -> Mapping:
-    return TILES[target][f"float32 {kernel}" if dtype == torch.float32 else kernel]
+def column_class(target: str, dtype: torch.dtype, smaller: int) -> int:
+    return min(up_to for up_to in TILES[target][_named(dtype, "multiply_columns")] if up_to >= smaller)
+
+
+def _named(dtype: torch.dtype, kernel: str) -> str:
+    return f"float32 {kernel}" if dtype == torch.float32 else kernel
 
 
 def _height(heights, rows_per_expert: float) -> int:

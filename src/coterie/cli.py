@@ -1,4 +1,4 @@
-"""`coterie train | generate | export | inspect`.
+"""`coterie train | generate | export | inspect | tune`.
 
 What a user got wrong, or asked too much of the memory, is one line on stderr and exit code 2; an interrupt leaves the
 last checkpoint and exits with 130. Everything heavy is imported by the command that needs it.
@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Annotated
 
-COMMANDS = ("train", "generate", "export", "inspect")
+COMMANDS = ("train", "generate", "export", "inspect", "tune")
 
 # What to do about a lack of memory, by command.
 _LESS_MEMORY = {
@@ -22,6 +22,7 @@ _LESS_MEMORY = {
     "generate": "make --max-new-tokens smaller, the prompt shorter, or take a smaller model",
     "export": "take a smaller model",
     "inspect": "make --length smaller, or take a smaller model",
+    "tune": "take a smaller model",
 }
 
 
@@ -81,13 +82,13 @@ def parse(argv: Sequence[str]) -> object | None:
 
     import tyro
 
-    from coterie.cli_options import Export, Generate, Inspect, Train
+    from coterie.cli_options import Export, Generate, Inspect, Train, Tune
 
     about = (
         "Compact sparse transformers: train one beside its dense twin, let it write, run it elsewhere, count its costs."
     )
     commands = None
-    for name, options in zip(COMMANDS, (Train, Generate, Export, Inspect), strict=True):
+    for name, options in zip(COMMANDS, (Train, Generate, Export, Inspect, Tune), strict=True):
         subcommand = Annotated[options, tyro.conf.subcommand(name)]
         commands = subcommand if commands is None else commands | subcommand
     said = io.StringIO()

@@ -7,21 +7,24 @@ import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from coterie.cli_options import Export, Generate, Inspect, Train
+from coterie.cli_options import Export, Generate, Inspect, Train, Tune
 from coterie.models import PRESETS, Transformer, TransformerConfig, dense_twin, generate
 from coterie.models.pretrained import CONFIG_FILE, read_config
+from coterie.ops.activations import parse_activation
 from coterie.report.cost import ModelCost, format_cost, model_cost
 from coterie.report.model_card import CARD_FILE, is_own_card, write_model_card
 from coterie.report.plots import report_figure, save_figure
 from coterie.report.summary import format_summary, summarize
-from coterie.report.table import human_count
+from coterie.report.table import format_table, human_count
 from coterie.training import (
     Batches,
     ByteTokenizer,
@@ -342,13 +345,7 @@ def run_export(options: Export) -> int:
 def run_inspect(options: Inspect) -> int:
     """Prints the cost table of a preset, or of every model of a run."""
     dtype = getattr(torch, options.dtype or "float32")
-    path = Path(options.model)
-    if options.model in PRESETS or path.suffix == ".json":
-        configs = {options.model: _named_config(options.model)}
-    elif not path.is_dir():
-        raise FileNotFoundError(f"{path} is neither a preset ({', '.join(PRESETS)}) nor the folder of a run")
-    else:
-        configs = {str(folder): read_config(folder) for folder in _model_folders(path).values()}
+    configs = _configs(options.model)
     costs = {name: model_cost(config, options.length, dtype=dtype) for name, config in configs.items()}
     if options.json:
         print(
@@ -366,7 +363,46 @@ def _headline(name: str, config: TransformerConfig) -> str:
     return text
 
 
+# --- tune ---
+
+
+def run_tune(options: Tune) -> int:
+    """Measures tile sizes on the GPU, shows what they gain, and writes the table."""
+    if not torch.cuda.is_available():
+        raise ValueError("tiles are measured on a GPU, and there is none here")
+    from coterie_kernels.expert_mlp import Activation
+    from coterie_kernels.tiles import write_tiles
+    from coterie_kernels.tune import Layer, tune
+
+    config = next((config for config in _configs(options.model).values() if "moe" in config.feed_forwards), None)
+    if config is None:
+        raise ValueError(f"{options.model} has no experts to tune for")
+    activation = Activation(**vars(parse_activation(config.activation)))
+    dtype = getattr(torch, options.dtype or "bfloat16")
+    layer = Layer(config.dim, config.expert_hidden_dim, config.num_experts, config.top_k, dtype, activation)
+    table, choices = tune(layer, torch.device("cuda"), progress=partial(tqdm, unit="class", disable=None))
+    rows = [
+        [choice.kernel, str(choice.key), str(choice.before), str(choice.after), f"{choice.gain:.2f}×"]
+        for choice in choices
+    ]
+    print(format_table(["kernel", "class", "sizes", "fastest", "gain"], rows))
+    out = Path(options.out or "tiles.json")
+    write_tiles(out, table)
+    print(f"\n{out} is written: coterie_kernels.tiles.use_tiles({str(out)!r}) takes it")
+    return 0
+
+
 # --- names and folders ---
+
+
+def _configs(model: str) -> dict[str, TransformerConfig]:
+    """Of a preset, a config file, or every model of a run."""
+    path = Path(model)
+    if model in PRESETS or path.suffix == ".json":
+        return {model: _named_config(model)}
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is neither a preset ({', '.join(PRESETS)}) nor the folder of a run")
+    return {str(folder): read_config(folder) for folder in _model_folders(path).values()}
 
 
 def _named_config(name: str) -> TransformerConfig:

@@ -144,3 +144,15 @@ class Inspect:
     """Of parameters and activations."""
     json: Annotated[bool, _FLAG] = False
     """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Measure the Triton kernels' tile sizes for a model's experts on this GPU, and write the fastest to a file."""
+
+    model: Annotated[Positional[str], arg(metavar="PRESET|RUN", help_behavior_hint="")]
+    """tiny, nano or mini, the path of a config.json, or the folder of a run."""
+    dtype: Annotated[str | None, *_optional(str, "", "bfloat16", ("float16", "bfloat16", "float32"))] = None
+    """Of parameters and activations."""
+    out: Annotated[str | None, *_optional(str, "FILE", "tiles.json")] = None
+    """What coterie_kernels.tiles.use_tiles reads."""
