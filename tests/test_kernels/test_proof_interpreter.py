@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 
 from coterie_kernels.proof.catalog import CATALOG, Entry, Example
 from coterie_kernels.proof.check import Check, check_example
-from coterie_kernels.proof.count import record
+from coterie_kernels.proof.count import TensorInfo, record
 from coterie_kernels.proof.interpreter import Observer, shuffled_grid, watched
 from coterie_kernels.proof.sanitize import sanitize
 
@@ -32,13 +32,9 @@ def test_counts_of_a_sum():
         launch_add(toys.add)
     (launch,) = counted.launches
     assert (launch.kernel, launch.grid) == ("add", (3, 1, 1))
-    assert launch.arguments == {
-        "x_ptr": "torch.float32 [37]",
-        "y_ptr": "torch.float32 [37]",
-        "out_ptr": "torch.float32 [37]",
-        "size": 37,
-        "BLOCK": 16,
-    }
+    vector = TensorInfo(torch.float32, (37,), True, 148)
+    assert launch.arguments == {**dict.fromkeys(("x_ptr", "y_ptr", "out_ptr"), vector), "size": 37, "BLOCK": 16}
+    assert (launch.module, launch.options) == ("toy_kernels", {"num_warps": 1})
     cost = counted.total
     assert (cost.launches, cost.programs, cost.flops) == (1, 3, 0)
     assert (cost.requested_load, cost.requested_store) == (2 * 148, 148)

@@ -134,17 +134,6 @@ def gathered_matmul(
     tl.store(out_ptr + row[:, None] * OUTER + column[None, :], total.to(out_ptr.dtype.element_ty), mask=is_out)
 
 
-@triton.jit
-def product_without_dot(x_ptr, weight_ptr, out_ptr, DIM: tl.constexpr):
-    """[D, D] · [D, D], by sums."""
-    index = tl.arange(0, DIM)
-    at = index[:, None] * DIM + index[None, :]
-    x = tl.load(x_ptr + at).to(tl.float32)
-    weight = tl.load(weight_ptr + at).to(tl.float32)
-    total = tl.sum(x[:, :, None] * weight[None, :, :], 1)
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty))
-
-
 def launch_add(kernel, size: int = 37, block: int = 16, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
@@ -170,13 +159,6 @@ def launch_matmul(
     return [out]
 
 
-def launch_product(dtype: torch.dtype) -> list[Tensor]:
-    x = torch.ones(16, 16, dtype=dtype)
-    out = torch.empty_like(x)
-    product_without_dot[(1,)](x, x.clone(), out, DIM=16)
-    return [out]
-
-
 def _small() -> Iterator[Example]:
     yield Example("add", lambda: launch_add(add))
     yield Example("matmul", lambda: launch_matmul(21, 19, 33, torch.bfloat16, tile=(16, 16, 16)))
@@ -185,15 +167,7 @@ def _small() -> Iterator[Example]:
 def _matrix(target: str, dtype: torch.dtype) -> Iterator[Example]:
     yield Example("add", lambda: launch_add(add, dtype=dtype))
     yield Example("16 rows", lambda: launch_matmul(64, 64, 64, dtype, tile=(16, 32, 32)))
-    yield Example("64 rows", lambda: launch_matmul(64, 64, 64, dtype, tile=(64, 64, 64)))
-
-
-def _wrong(target: str, dtype: torch.dtype) -> Iterator[Example]:
-    yield Example("spills", lambda: launch_matmul(256, 64, 256, dtype, tile=(128, 256, 64), warps=1))
-    yield Example("shared", lambda: launch_matmul(256, 2048, 128, dtype, tile=(128, 128, 128), warps=8, stages=5))
-    yield Example("no dot", lambda: launch_product(dtype))
-    yield Example("tensor memory", lambda: launch_matmul(512, 64, 512, dtype, tile=(256, 512, 16), warps=8))
+    yield Example("64 rows", lambda: launch_matmul(64, 64, 64, dtype, tile=(64, 64, 32)))
 
 
 CATALOG = (Entry("toys", _small, _matrix, ("gathered_matmul",)),)
-WRONG = (Entry("wrong", _small, _wrong, ("gathered_matmul", "product_without_dot")),)

@@ -4,9 +4,10 @@ import sys
 
 import tyro
 
+from coterie_kernels.proof.check import Check
 from coterie_kernels.proof.matrix import Compile
 
-COMMANDS = {"compile": Compile}
+COMMANDS = {"compile": Compile, "check": Check}
 
 
 def main() -> None:

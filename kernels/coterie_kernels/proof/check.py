@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -75,7 +74,3 @@ def _same_bits(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) ->
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-if __name__ == "__main__":
-    raise SystemExit(1 if tyro.cli(Check).run() else 0)

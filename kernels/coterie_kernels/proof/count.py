@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from coterie_kernels.proof.interpreter import Access, Launch, Observer, watched
 
@@ -47,12 +49,29 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Counted:
-    """A launch and its cost; tensors among the arguments as dtype and shape."""
+class TensorInfo:
+    """What is known of a tensor when it is gone; num_bytes: of its storage."""
 
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    is_aligned: bool
+    num_bytes: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorInfo":
+        aligned, storage = tensor.data_ptr() % 16 == 0, tensor.untyped_storage()
+        return cls(tensor.dtype, tuple(tensor.shape), aligned, storage.nbytes())
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A launch and its cost; options: such as num_warps. Tensors among the arguments are TensorInfo."""
+
+    module: str
     kernel: str
     grid: tuple[int, int, int]
     arguments: dict[str, Any]
+    options: dict[str, Any]
     cost: Cost
 
 
@@ -131,4 +150,9 @@ class _Counter(Observer):
             distinct["store"],
             self._flops,
         )
-        self.record.launches.append(Counted(launch.kernel, launch.grid, launch.described(), cost))
+        arguments = {
+            name: TensorInfo.of(value) if isinstance(value, Tensor) else value
+            for name, value in launch.arguments.items()
+        }
+        counted = Counted(launch.module, launch.kernel, launch.grid, arguments, launch.options, cost)
+        self.record.launches.append(counted)

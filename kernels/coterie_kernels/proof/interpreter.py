@@ -45,16 +45,14 @@ class Region:
 
 @dataclass
 class Launch:
-    """kernel[grid](arguments); regions: its tensors."""
+    """kernel[grid](arguments), of a module; options: such as num_warps; regions: its tensors."""
 
+    module: str
     kernel: str
     arguments: dict[str, Any]
+    options: dict[str, Any]
     grid: tuple[int, int, int] = (0, 0, 0)
     regions: list[Region] = field(default_factory=list)
-
-    def described(self) -> dict[str, Any]:
-        """Its arguments, tensors as dtype and shape."""
-        return {name: describe(value) for name, value in self.arguments.items()}
 
 
 @dataclass(frozen=True)
@@ -162,11 +160,6 @@ def kernel_line() -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "?"
 
 
-def describe(value: Any) -> Any:
-    """A tensor as dtype and shape, anything else as it is."""
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else value
-
-
 class _Watch:
     """Between the interpreter and an observer. Each method makes a patch of what it gets."""
 
@@ -177,8 +170,10 @@ class _Watch:
     def call(self, original):
         def patched(executor, *args, **kwargs):
             names = inspect.signature(executor.fn).parameters
-            arguments = inspect.getcallargs(executor.fn, *args, **{k: v for k, v in kwargs.items() if k in names})
-            self.launch = Launch(executor.fn.__name__, arguments)
+            named = {name: value for name, value in kwargs.items() if name in names}
+            options = {name: value for name, value in kwargs.items() if name not in names}
+            arguments = inspect.getcallargs(executor.fn, *args, **named)
+            self.launch = Launch(executor.fn.__module__, executor.fn.__name__, arguments, options)
             try:
                 original(executor, *args, **kwargs)
                 self._observer.end(self.launch)
