@@ -60,7 +60,7 @@ def test_one_graph_for_every_length(kind, masked):
     moe.reset_parameters(0.4)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(_step, backend=counter, fullgraph=True)
-    for length in LENGTHS:
+    for length in LENGTHS[:3] if kind == "triton" else LENGTHS:  # its kernels are interpreted
         _compare(compiled, moe, length, mark=True, masked=masked)
     assert counter.frame_count == 1
 
