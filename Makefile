@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-gguf lint format bench clean
+.PHONY: help demo test test-slow test-gguf test-kernels lint format bench clean
 help:
 	@echo "make demo       train a sparse model beside its dense twin on real text; writes runs/demo/report.png"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gguf  GGUF files in llama.cpp itself; builds llama-cpp-python, for minutes"
+	@echo "make test-kernels  every Triton kernel compiled for every target, and checked in the interpreter"
 	@echo "make lint       ruff check and format --check"
 	@echo "make bench      every benchmark, beside dense and the strongest peers"
 
@@ -33,6 +34,11 @@ test-slow: $(VENV)/.installed-dev
 test-gguf: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install llama-cpp-python
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_interop/test_gguf_export.py $(PYTEST)
+
+# Triton compiles only where its interpreter is off.
+test-kernels: $(VENV)/.installed-dev
+	env -u TRITON_INTERPRET $(BIN)/python -m coterie_kernels.proof compile
+	TRITON_INTERPRET=1 $(BIN)/python -m coterie_kernels.proof check
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
