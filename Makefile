@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 
 .PHONY: help demo test test-slow test-gguf test-kernels lint format bench clean
 help:
-	@echo "make demo       train a sparse model beside its dense twin on real text; writes runs/demo/report.png"
-	@echo "make test       the tests"
-	@echo "make test-slow  the tests that take minutes"
-	@echo "make test-gguf  GGUF files in llama.cpp itself; builds llama-cpp-python, for minutes"
+	@echo "make demo          train a sparse model beside its dense twin on real text; writes runs/demo/report.png"
+	@echo "make test          the tests"
+	@echo "make test-slow     the tests that take minutes"
+	@echo "make test-gguf     GGUF files in llama.cpp itself; builds llama-cpp-python, for minutes"
 	@echo "make test-kernels  every Triton kernel compiled for every target, and checked in the interpreter"
-	@echo "make lint       ruff check and format --check"
-	@echo "make bench      every benchmark, beside dense and the strongest peers"
+	@echo "make lint          ruff check and format --check"
+	@echo "make bench         every benchmark, beside dense and the strongest peers"
 
 # One stamp per set of extras, so that the demo does not wait for the test tools.
 $(BIN)/python:
