@@ -3,6 +3,8 @@
 It holds bfloat16 as the bits in a uint16. Up to 3.9 it multiplies those integers in `tl.dot`, cuts float32 off instead
 of rounding to nearest even, and loses a carry into the exponent. Dots of 16-bit operands are also taken to float32
 first, which is exact and lets numpy call its BLAS.
+
+Triton 3.6 makes a range's bounds of arrays with one element, which numpy 2.4 no longer takes for numbers.
 """
 
 import numpy as np
@@ -10,12 +12,14 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 _convert_float = interpreter._convert_float
+_patch_lang_tensor = interpreter._patch_lang_tensor
 
 
 def mend() -> None:
     """Of this process, for good; a second call changes nothing."""
     interpreter._convert_float = _convert
     interpreter.InterpreterBuilder.create_dot = _create_dot
+    interpreter._patch_lang_tensor = _patch_tensor
 
 
 def _convert(data, source, target, rounding_mode):
@@ -27,6 +31,11 @@ def _convert(data, source, target, rounding_mode):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return np.where(np.isnan(data), (bits >> 16) | 0x40, rounded).astype(np.uint16)
     return _convert_float(data, source, target, rounding_mode)
+
+
+def _patch_tensor(tensor, scope):
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):

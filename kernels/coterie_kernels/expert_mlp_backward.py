@@ -61,7 +61,7 @@ def backward_kernel(
         return
     expert = expert.to(tl.int64)
     weight = tl.load(weights_ptr + slot, mask=is_row, other=0).to(tl.float32)
-    CHUNKS: tl.constexpr = triton.next_power_of_2(tl.cdiv(HIDDEN, UNITS)) if FUSED else 1
+    CHUNKS: tl.constexpr = triton.next_power_of_2((HIDDEN + UNITS - 1) // UNITS) if FUSED else 1
     unit = 0 if FUSED else tl.program_id(1) * UNITS
     grad_hidden, by_weight = _grad_hidden(
         grad_ptr, x_ptr, up_ptr, down_ptr, up_bias_ptr, hidden_ptr, grad_hidden_ptr, scaled_ptr,

@@ -54,7 +54,7 @@ def forward_kernel(
         place = rows_ptr + row.to(tl.int64)[:, None] * HIDDEN + unit[None, :]
         tl.store(place, activated, mask=is_row[:, None] & (unit < HIDDEN)[None, :])
     else:
-        CHUNKS: tl.constexpr = triton.next_power_of_2(tl.cdiv(HIDDEN, UNITS))
+        CHUNKS: tl.constexpr = triton.next_power_of_2((HIDDEN + UNITS - 1) // UNITS)
         activated = _activated(
             x_ptr, up_ptr, up_bias_ptr, hidden_ptr, token, row, is_row, expert, 0, 0, CHUNKS,
             DIM, HIDDEN, FUNCTION, GATED, ALPHA, LIMIT, OFFSET, ROWS, UNITS, DEPTH, PRECISION,
