@@ -29,6 +29,7 @@ from coterie.modules import (
 from coterie.ops import (
     Routing,
     balance_loss,
+    delta_rule,
     expert_mlp,
     grouped_matmul,
     route_topk,
@@ -54,6 +55,7 @@ __all__ = [
     "TransformerConfig",
     "TransformerOutput",
     "balance_loss",
+    "delta_rule",
     "dense_twin",
     "expert_mlp",
     "generate",

@@ -2,8 +2,17 @@
 
 from coterie.ops.activations import activation_is_gated, apply_activation
 from coterie.ops.balance import balance_loss, selection_bias_update, z_loss
+from coterie.ops.delta_rule import delta_rule
 from coterie.ops.expert_mlp import expert_mlp
 from coterie.ops.grouped_matmul import grouped_matmul
+from coterie.ops.linear_attention import (
+    delta_product,
+    gated_delta_rule,
+    gated_linear_attention,
+    linear_attention,
+    retention,
+    ssd,
+)
 from coterie.ops.routing import Routing, route_topk
 
 __all__ = [
@@ -11,9 +20,16 @@ __all__ = [
     "activation_is_gated",
     "apply_activation",
     "balance_loss",
+    "delta_product",
+    "delta_rule",
     "expert_mlp",
+    "gated_delta_rule",
+    "gated_linear_attention",
     "grouped_matmul",
+    "linear_attention",
+    "retention",
     "route_topk",
     "selection_bias_update",
+    "ssd",
     "z_loss",
 ]
