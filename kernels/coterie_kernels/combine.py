@@ -28,7 +28,7 @@ def combine(
     if not num_tokens:
         return y
     columns = min(triton.next_power_of_2(dim), 256)
-    tokens = max(1, 1024 // columns)
+    tokens = max(1, 512 // columns)
     grid = (triton.cdiv(num_tokens, tokens), triton.cdiv(dim, columns))
     _combine[grid](
         rows,
