@@ -22,6 +22,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -59,38 +60,40 @@ _KINDS = ("forward", "backward", "recompute")
 _ANY = 1 << 30
 
 
-def _half_precision(stages: int, fused: Mapping, unfused: Mapping) -> dict[str, dict]:
+def _half_precision(stages: int, fused: Mapping, others: Mapping) -> dict[str, dict]:
     """What most entries are, but for the given ones; None: there is no such entry."""
-    usual, wide = (64, 64, 4, stages), (64, 64, 8, stages)
-    kernels = {}
+    usual, wide, row = (64, 64, 4, stages), (64, 64, 8, stages), (128, 64, 4, stages)
+    heights = (16, 32, 64)
+    kernels = {
+        "multiply_rows": dict.fromkeys(heights, row) | {128: (128, 64, 8, stages)},
+        "multiply_columns": {64: (64, 64, 64, 4, stages), _ANY: (128, 128, 64, 8, stages)},
+    }
     for kind in _KINDS:
-        more = fused.get(kind, {})
-        classes = {
-            (width, rows): wide if rows == 64 else usual for width in (32, 64, 128, 256) for rows in (16, 32, 64)
-        }
-        kernels[f"fused_{kind}"] = {key: sizes for key, sizes in (classes | more).items() if sizes}
-        classes = {16: usual, 32: usual, 64: usual, 128: wide} | unfused.get(kind, {})
-        kernels[kind] = {key: sizes for key, sizes in classes.items() if sizes}
-    narrow = (128, 64, 4, stages)
-    kernels["multiply_rows"] = {16: narrow, 32: narrow, 64: narrow, 128: (128, 64, 8, stages)}
-    kernels["multiply_columns"] = {64: (64, 64, 64, 4, stages), _ANY: (128, 128, 64, 8, stages)}
-    return kernels
+        kernels[kind] = dict.fromkeys(heights, usual) | {128: wide}
+        classes = {(width, rows): wide if rows == 64 else usual for width in (32, 64, 128, 256) for rows in heights}
+        kernels[f"fused_{kind}"] = _but(classes, fused.get(kind, {}))
+    return {name: _but(classes, others.get(name, {})) for name, classes in kernels.items()}
 
 
-def _float32(stages: int) -> dict[str, dict]:
-    kernels = {f"float32 {kind}": dict.fromkeys((16, 32, 64), (32, 32, 4, stages)) for kind in _KINDS}
-    kernels["float32 multiply_rows"] = dict.fromkeys((16, 32, 64), (64, 32, 4, stages))
-    kernels["float32 multiply_columns"] = {_ANY: (64, 64, 32, 4, stages)}
-    return kernels
+def _float32(stages: int, others: Mapping = MappingProxyType({})) -> dict[str, dict]:
+    heights = (16, 32, 64)
+    kernels = {kind: dict.fromkeys(heights, (32, 32, 4, stages)) for kind in _KINDS}
+    kernels["multiply_rows"] = dict.fromkeys(heights, (64, 32, 4, stages))
+    kernels["multiply_columns"] = {_ANY: (64, 64, 32, 4, stages)}
+    return {f"float32 {name}": _but(classes, others.get(name, {})) for name, classes in kernels.items()}
+
+
+def _but(classes: dict, others: Mapping) -> dict:
+    return {key: sizes for key, sizes in (classes | others).items() if sizes}
 
 
 # NVIDIA pipelines three stages deep where shared memory and registers allow it, AMD's 64 KiB two.
 TILES: Table = {
-    "sm_80": _float32(3)
+    "sm_80": _float32(3, {"multiply_rows": {64: (64, 32, 8, 3)}})
     | _half_precision(
         3,
         {
-            "forward": {(128, 16): (64, 64, 4, 2), (256, 64): (64, 64, 8, 2)},
+            "forward": {(128, 16): (64, 64, 4, 2), (256, 64): (32, 32, 8, 2)},
             "backward": {
                 (128, 64): (64, 32, 8, 2),
                 (256, 16): (64, 64, 4, 2),
@@ -98,21 +101,26 @@ TILES: Table = {
                 (256, 64): None,
             },
             "recompute": {
-                (128, 32): (64, 64, 8, 1),
+                (128, 16): (64, 64, 8, 3),
+                (128, 32): (64, 32, 8, 2),
                 (128, 64): (32, 64, 8, 2),
                 (256, 16): (32, 64, 8, 2),
                 (256, 32): (32, 64, 8, 1),
                 (256, 64): None,
             },
         },
-        {"backward": {64: (64, 64, 8, 3), 128: (64, 32, 8, 3)}, "recompute": {64: (64, 64, 8, 3), 128: None}},
-    )
-    | {"multiply_columns": {64: (64, 64, 64, 4, 3), _ANY: (128, 128, 32, 8, 3)}},
+        {
+            "backward": {64: (64, 64, 8, 3), 128: (64, 32, 8, 3)},
+            "recompute": {64: (64, 64, 8, 3), 128: None},
+            "multiply_rows": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3)},
+            "multiply_columns": {_ANY: (128, 128, 32, 8, 3)},
+        },
+    ),
     "sm_90": _float32(3)
     | _half_precision(
         3,
         _HOPPER := {
-            "forward": {(256, 32): (64, 64, 8, 3), (256, 64): (64, 64, 8, 2)},
+            "forward": {(256, 32): (64, 64, 8, 3), (256, 64): (32, 64, 8, 2)},
             "backward": {
                 (128, 64): (64, 64, 8, 2),
                 (256, 16): (64, 64, 4, 2),
@@ -120,24 +128,33 @@ TILES: Table = {
                 (256, 64): (64, 64, 8, 2),
             },
             "recompute": {
+                (128, 16): (64, 64, 8, 3),
                 (128, 32): (64, 64, 8, 3),
                 (128, 64): (64, 64, 8, 2),
-                (256, 16): (64, 64, 8, 1),
-                (256, 32): (32, 64, 8, 1),
+                (256, 16): (32, 64, 8, 2),
+                (256, 32): (32, 32, 8, 1),
                 (256, 64): (64, 64, 8, 2),
             },
         },
-        {"backward": {64: (64, 64, 8, 3), 128: None}},
+        {
+            "backward": {64: (64, 64, 8, 3), 128: None},
+            "recompute": {64: (64, 64, 8, 3)},
+            "multiply_rows": {16: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (64, 64, 8, 3)},
+        },
     ),
     "sm_100": _float32(3)
-    | _half_precision(3, _HOPPER | {"backward": _HOPPER["backward"] | {(256, 16): (64, 64, 8, 2)}}, {}),
+    | _half_precision(
+        3,
+        _HOPPER | {"backward": _HOPPER["backward"] | {(256, 16): (64, 64, 8, 2), (256, 64): (64, 64, 8, 1)}},
+        {"multiply_rows": {64: (128, 64, 8, 3)}},
+    ),
     "gfx942": _float32(2)
     | _half_precision(
         2,
         {
             "forward": {(256, 64): (32, 64, 4, 2)},
-            "backward": {(256, 64): (64, 64, 4, 2)},
-            "recompute": {(256, 64): (64, 64, 4, 2)},
+            "backward": {(256, 32): (64, 32, 8, 1), (256, 64): (64, 64, 4, 2)},
+            "recompute": {(128, 64): (64, 64, 4, 2), (256, 32): (64, 32, 4, 2), (256, 64): (64, 64, 4, 2)},
         },
         {},
     ),

@@ -147,6 +147,8 @@ def _small_grouped_matmul() -> Iterator[Example]:
             sizes = ([5, 0, 33, 1], 19, 21, dtype)
             label = f"{'gathered, ' * gathered}{_name(dtype)}"
             yield Example(label, lambda a=sizes, g=gathered: run_grouped_matmul(*a, gathered=g, bias=g))
+    several = ([5, 0, 33, 1], 70, 130, torch.float32)  # tiles along both sides
+    yield Example("several tiles", lambda: run_grouped_matmul(*several, gathered=True, bias=True))
 
 
 def _matrix_grouped_matmul(target: str, dtype: torch.dtype) -> Iterator[Example]:
