@@ -89,11 +89,11 @@ def _but(classes: dict, others: Mapping) -> dict:
 
 # NVIDIA pipelines three stages deep where shared memory and registers allow it, AMD's 64 KiB two.
 TILES: Table = {
-    "sm_80": _float32(3, {"multiply_rows": {64: (64, 32, 8, 3)}})
+    "sm_80": _float32(3, {"multiply_rows": {64: (32, 32, 4, 3)}})
     | _half_precision(
         3,
         {
-            "forward": {(128, 16): (64, 64, 4, 2), (256, 64): (32, 32, 8, 2)},
+            "forward": {(128, 16): (64, 64, 4, 2), (256, 64): None},
             "backward": {
                 (128, 64): (64, 32, 8, 2),
                 (256, 16): (64, 64, 4, 2),
@@ -112,7 +112,7 @@ TILES: Table = {
         {
             "backward": {64: (64, 64, 8, 3), 128: (64, 32, 8, 3)},
             "recompute": {64: (64, 64, 8, 3), 128: None},
-            "multiply_rows": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3)},
+            "multiply_rows": {64: (64, 64, 8, 3), 128: (64, 64, 8, 3)},
             "multiply_columns": {_ANY: (128, 128, 32, 8, 3)},
         },
     ),
@@ -153,7 +153,7 @@ TILES: Table = {
         2,
         {
             "forward": {(256, 64): (32, 64, 4, 2)},
-            "backward": {(256, 32): (64, 32, 8, 1), (256, 64): (64, 64, 4, 2)},
+            "backward": {(256, 32): (64, 64, 4, 1), (256, 64): (64, 64, 4, 2)},
             "recompute": {(128, 64): (64, 64, 4, 2), (256, 32): (64, 32, 4, 2), (256, 64): (64, 64, 4, 2)},
         },
         {},

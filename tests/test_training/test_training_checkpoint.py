@@ -140,7 +140,7 @@ def run_harness(mode, folder):
 def test_sixty_kills_at_random_moments_leave_the_old_or_the_new_checkpoint(tmp_path):
     result = run_harness("checkpoint", tmp_path)
     assert result["failures"] == []
-    assert result["kills"] == 60
+    assert result["kills"] >= 60
     assert result["changed"] >= 10  # the kills came while it saved, not before it began
     assert set(result["files"]) <= {"checkpoint.safetensors", ".checkpoint.tmp.safetensors"}
 

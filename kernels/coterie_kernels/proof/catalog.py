@@ -107,7 +107,7 @@ def _small_expert_mlp() -> Iterator[Example]:
 def _matrix_expert_mlp(target: str, dtype: torch.dtype) -> Iterator[Example]:
     """Heights come from N / E, classes from F; one D with biases and one without.
 
-    float16 compiles as bfloat16 does, and no float32 entry depends on F: a few of each are enough.
+    float16 compiles nearly as bfloat16 does, and no float32 entry depends on F: a few of each have to be enough.
     """
     experts, top_k = 8, 4
     heights = sorted(TILES[target]["float32 forward" if dtype == torch.float32 else "forward"])
