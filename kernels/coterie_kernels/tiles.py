@@ -1,8 +1,8 @@
 """Static tile sizes: for each target and class of shapes, how much a program takes. Nothing is tuned while running.
 
-Every entry compiles without a spilled byte for its target and fits its shared memory (sm_80's the 99 KiB of 8.6, 8.9
-and 12.0 too); `python -m coterie_kernels.proof compile` shows it. Which are fastest only a GPU can tell: `coterie tune`
-measures there and writes a table of this form, for `use_tiles`.
+An entry must compile without a spilled byte for its target and fit its shared memory (sm_80's the 99 KiB of 8.6, 8.9
+and 12.0 too): `python -m coterie_kernels.proof compile` finds those that do not. Which are fastest only a GPU can tell:
+`coterie tune` measures there and writes a table of this form, for `use_tiles`.
 
 A table maps target → kernel → class → sizes:
 
