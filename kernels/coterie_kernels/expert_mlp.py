@@ -195,13 +195,8 @@ def _matrix_gradients(
         WIDTH=width,
         HIDDEN=hidden_dim,
         EXPERTS=triton.next_power_of_2(num_experts + 1),
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
         PRECISION=dot_precision(x),
-        num_warps=tile.warps,
-        enable_fp_fusion=True,
-        num_stages=tile.stages,
+        **tile.settings,
     )
     return grads
 

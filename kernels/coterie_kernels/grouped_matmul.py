@@ -57,13 +57,8 @@ def multiply_rows(
         OUTER=outer,
         TRANSPOSED=transposed,
         EXPERTS=triton.next_power_of_2(num_experts + 1),
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
         PRECISION=dot_precision(x),
-        num_warps=tile.warps,
-        enable_fp_fusion=True,
-        num_stages=tile.stages,
+        **tile.settings,
     )
     return y
 
@@ -97,13 +92,8 @@ def multiply_columns(
         OUTER=outer,
         INNER=inner,
         EXPERTS=triton.next_power_of_2(num_experts + 1),
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
         PRECISION=dot_precision(a),
-        num_warps=tile.warps,
-        enable_fp_fusion=True,
-        num_stages=tile.stages,
+        **tile.settings,
     )
     return grad, grad_bias
 

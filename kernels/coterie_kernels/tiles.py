@@ -39,6 +39,18 @@ class Tile:
     warps: int
     stages: int
 
+    @property
+    def settings(self) -> dict[str, int | bool]:
+        """Of a launch."""
+        return {
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "DEPTH": self.depth,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "enable_fp_fusion": True,  # as Triton from 3.10 on no longer has it by itself
+        }
+
 
 @dataclass(frozen=True)
 class MlpTile:

@@ -61,9 +61,6 @@ def tune(
 
     Returns:
         The table of what was chosen, for `use_tiles` and `write_tiles`, and how it compares.
-
-    Raises:
-        RuntimeError: a class's own entry gives no result, so that there is nothing to compare with.
     """
     measure = measure or (lambda run: triton.testing.do_bench(run, quantiles=[0.5]) / 1e3)
     target = target_of(torch.empty(0, device=device))

@@ -94,7 +94,8 @@ def forward(inputs: Inputs, states: Tensor, plan: Plan, scale: float) -> tuple[T
     state, kept = states[plan.order], []
     for index, parts in plan.spans(inputs.v.shape[1]):
         kept.append(state[: parts[0].stop].clone())
-        terms = make_terms(_take(inputs, index, states.dtype), scale)
+        taken = _take(inputs, index, states.dtype)
+        terms = make_terms(_edits(taken, scale), _Decay.of(taken.g))
         inverse = None if terms.a is None else invert(terms.a)
         rows = torch.empty_like(terms.z)
         for part in parts:
@@ -118,10 +119,11 @@ def backward(
     befores = kept.split([parts[0].stop for _, parts in spans])
     for (index, parts), before in zip(reversed(spans), reversed(befores), strict=True):
         taken = _take(inputs, index, kept.dtype)
-        terms = make_terms(taken, scale)
+        edits, decay = _edits(taken, scale), _Decay.of(taken.g)
+        terms = make_terms(edits, decay)
         rows = _take_rows(grad, index, kept.dtype)
         term_grads = _through_states(rows, terms, parts, before.clone(), grad_state)
-        for total, gradient in zip(grads, _input_grads(taken, terms, term_grads, scale), strict=True):
+        for total, gradient in zip(grads, _input_grads(taken, edits, decay, terms, term_grads, scale), strict=True):
             if total is not None:
                 _put(total, index, gradient)
     grad_initial = torch.empty_like(grad_state)
@@ -188,10 +190,8 @@ def _delta(terms: Terms, inverse: Tensor | None, part: slice, state: Tensor) -> 
     return (inverse[part] @ difference.to(inverse.dtype)).to(difference.dtype)
 
 
-def make_terms(inputs: Inputs, scale: float) -> Terms:
-    """Of inputs [X, H or H', C, ..]."""
-    q, k, v, erase = _edits(inputs, scale)
-    decay = _Decay.of(inputs.g)
+def make_terms(edits: "_Edits", decay: "_Decay") -> Terms:
+    q, k, v, erase = edits
     if erase is None:
         return Terms(v, decay.since_start(q), decay.until_end(k), decay.multiply(q, k).tril(), decay.whole, None, None)
     return Terms(
@@ -205,10 +205,9 @@ def make_terms(inputs: Inputs, scale: float) -> Terms:
     )
 
 
-def _input_grads(inputs: Inputs, terms: Terms, grads: Terms, scale: float) -> Inputs:
-    """The gradients to the inputs from those to `make_terms` of them."""
-    q, k, _, erase = _edits(inputs, scale)
-    decay = _Decay.of(inputs.g)
+def _input_grads(inputs: Inputs, edits: "_Edits", decay: "_Decay", terms: Terms, grads: Terms, scale: float) -> Inputs:
+    """The gradients to the inputs [X, H or H', C, ..] from those to the terms of their edits."""
+    q, k, _, erase = edits
     grad_q, grad_k = decay.multiply_backward(grads.m.tril(), q, k)
     grad_q += decay.since_start(grads.q)
     grad_k += decay.until_end(grads.k)
@@ -240,17 +239,26 @@ def _input_grads(inputs: Inputs, terms: Terms, grads: Terms, scale: float) -> In
     return Inputs(grad_q, grad_k, grad_v, grad_g, grad_erase, grad_beta)
 
 
-def _edits(inputs: Inputs, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """scale · q, k, z and e, for every head of v."""
+class _Edits(NamedTuple):
+    """scale · q, k, z and e, [X, H, C, ..]."""
+
+    q: Tensor
+    k: Tensor
+    z: Tensor
+    erase: Tensor | None
+
+
+def _edits(inputs: Inputs, scale: float) -> _Edits:
+    """Of inputs [X, H or H', C, ..], for every head of v."""
     heads = inputs.v.shape[1]
     q, k, erase = (
         t if t is None or t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)
         for t in (inputs.q, inputs.k, inputs.erase)
     )
     if inputs.beta is None:
-        return q * scale, k, inputs.v, erase
+        return _Edits(q * scale, k, inputs.v, erase)
     beta = inputs.beta.unsqueeze(-1)
-    return q * scale, k, beta * inputs.v, beta * k
+    return _Edits(q * scale, k, beta * inputs.v, beta * k)
 
 
 def _widened(t: Tensor) -> Tensor:
@@ -266,6 +274,8 @@ class _Decay:
     """What decay does to the rows [X, H, C, P] of a chunk; this one: nothing."""
 
     whole: Tensor | None = None  # exp G_C, [X, H, 1 or P, 1]
+    _since: Tensor | None = None  # exp G, [X, H, C, 1 or P]
+    _until: Tensor | None = None  # exp(G_C − G)
 
     @staticmethod
     def of(g: Tensor | None) -> "_Decay":
@@ -277,11 +287,11 @@ class _Decay:
 
     def since_start(self, rows: Tensor) -> Tensor:
         """rows · exp G."""
-        return rows
+        return rows if self._since is None else rows * self._since
 
     def until_end(self, rows: Tensor) -> Tensor:
         """rows · exp(G_C − G)."""
-        return rows
+        return rows if self._until is None else rows * self._until
 
     def multiply(self, left: Tensor, k: Tensor) -> Tensor:
         """Σ_p left_ip k_jp exp(G_ip − G_jp) where i ≥ j, anything where not."""
@@ -301,12 +311,6 @@ class _DecayOfHeads(_Decay):
         self._since, self._until = (t.to(dtype).exp().unsqueeze(-1) for t in (total, ends - total))
         self.whole = ends.to(dtype).exp().unsqueeze(-1)
 
-    def since_start(self, rows: Tensor) -> Tensor:
-        return rows * self._since
-
-    def until_end(self, rows: Tensor) -> Tensor:
-        return rows * self._until
-
     def multiply(self, left: Tensor, k: Tensor) -> Tensor:
         return (left @ k.mT) * self._between
 
@@ -324,12 +328,6 @@ class _DecayOfChannels(_Decay):
         self._total, self._dtype = total, dtype
         self._since, self._until = (t.to(dtype).exp() for t in (total, ends - total))
         self.whole = ends.to(dtype).exp().mT
-
-    def since_start(self, rows: Tensor) -> Tensor:
-        return rows * self._since
-
-    def until_end(self, rows: Tensor) -> Tensor:
-        return rows * self._until
 
     def multiply(self, left: Tensor, k: Tensor) -> Tensor:
         products = left.new_zeros(*left.shape[:3], k.shape[2])

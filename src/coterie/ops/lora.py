@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from coterie.ops import _lora_cpu
 from coterie.ops._arguments import check_sizes, check_tensor, choose_impl
 from coterie.ops._autocast import autocast_dtype
-from coterie.ops._rows import accumulator_dtype, check_ids, sort_rows, sum_slots
+from coterie.ops._rows import accumulator_dtype, check_slots, sort_rows, sum_slots
 from coterie.ops.activations import apply_activation
 from coterie.ops.expert_mlp import check_mlp
 from coterie.ops.grouped_matmul import grouped_matmul
@@ -149,8 +149,7 @@ def _sort(
         order, counts = sort_rows(expert_ids, num_experts)
         return _Rows(order, order // top_k, counts, counts, scales[0])
     adapter = _adapter_of_tokens(adapter_ids, num_tokens, len(scales))  # [T]
-    if expert_ids.device.type == "cpu" and num_tokens and not torch.compiler.is_compiling():
-        check_ids(*(limit.item() for limit in expert_ids.aminmax()), num_experts)
+    check_slots(expert_ids, num_experts)
     # Rows without an adapter go with those of adapter 0, times 0; unused slots stay the last.
     num_pairs = num_experts * len(scales)
     pairs = expert_ids * len(scales) + adapter.clamp(min=0).unsqueeze(1)
