@@ -108,7 +108,8 @@ def _count(options: Options, facts: dict[str, Any]) -> list[LayerCost]:
     gpu, bandwidth, peak = GPUS[options.target]
     print(
         f"Counted in Triton's interpreter with {options.target}'s tiles, compiled for it; nothing here is a time. "
-        f"bound: by {gpu}'s {bandwidth / 1e12:.2f} TB/s and {peak / 1e12:.0f} TFLOP/s, launch by launch.\n"
+        f"bound: by {gpu}'s {bandwidth / 1e12:.2f} TB/s and {peak / 1e12:.0f} TFLOP/s, launch by launch. warps ≤: "
+        "how many registers, shared memory and block sizes let be on an SM or CU at once.\n"
     )
     computes, missing = _kernel_cost.contenders()
     for name, why in missing.items():

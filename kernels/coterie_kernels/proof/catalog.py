@@ -11,6 +11,12 @@ from coterie_kernels.tiles import TILES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SWIGLU = expert_mlp.Activation("silu", True)
+_GPT_OSS = expert_mlp.Activation("silu", True, 1.702, 7.0, 1.0)
+_OTHER_ACTIVATIONS = {  # those whose gradients take most registers, and one without a gate
+    "gpt_oss": _GPT_OSS,
+    "geglu": expert_mlp.Activation("gelu", True),
+    "relu2": expert_mlp.Activation("relu2", False),
+}
 
 
 @dataclass(frozen=True)
@@ -86,15 +92,14 @@ def run_expert_mlp(
 
 
 def _small_expert_mlp() -> Iterator[Example]:
-    gpt_oss = expert_mlp.Activation("silu", True, 1.702, 7.0, 1.0)
     cases = {
         "odd": ((33, 37, 25, 5, 3), {"how": "unused", "bias": True}),
         "odd, recompute": ((33, 37, 25, 5, 3), {"how": "unused", "bias": True, "recompute": True}),
         "two chunks": ((20, 40, 96, 3, 2), {"how": "skewed"}),
-        "four chunks, one empty": ((20, 40, 161, 3, 2), {"recompute": True, "activation": gpt_oss}),
+        "four chunks, one empty": ((20, 40, 161, 3, 2), {"recompute": True, "activation": _GPT_OSS}),
         "wide": ((20, 40, 270, 3, 2), {"how": "skewed", "bias": True}),
         "wide, recompute": ((20, 40, 270, 3, 2), {"bias": True, "recompute": True}),
-        "no gate": ((20, 16, 24, 4, 2), {"activation": expert_mlp.Activation("relu2", False)}),
+        "no gate": ((20, 16, 24, 4, 2), {"activation": _OTHER_ACTIVATIONS["relu2"]}),
         "one expert of many": ((30, 24, 16, 9, 2), {"how": "one"}),
         "tall tiles": ((200, 24, 16, 1, 1), {}),
         "only biases": ((20, 24, 16, 3, 2), {"bias": True, "needs": [False] * 4 + [True] * 2}),
@@ -107,21 +112,33 @@ def _small_expert_mlp() -> Iterator[Example]:
 def _matrix_expert_mlp(target: str, dtype: torch.dtype) -> Iterator[Example]:
     """Heights come from N / E, classes from F; one D with biases and one without.
 
-    float16 compiles nearly as bfloat16 does, and no float32 entry depends on F: a few of each have to be enough.
+    float16 compiles nearly as bfloat16 does, and no float32 entry depends on F: a few of each have to be enough. So
+    are the tallest tiles for other activations, and the lowest too for widths that 16 does not divide.
     """
-    experts, top_k = 8, 4
     heights = sorted(TILES[target]["float32 forward" if dtype == torch.float32 else "forward"])
     widths = {torch.float16: (64, 256), torch.float32: (96, 512)}.get(dtype, (32, 64, 96, 128, 192, 256, 384, 512))
     for hidden in widths:
         for rows in heights:
             if hidden <= 256 and rows > 64:
                 continue  # no fused tile is taller
-            for dim, bias in ((256, False), (1024, True)):
-                for recompute in (False, True):
-                    sizes = (4 * rows * experts // top_k, dim, hidden, experts, top_k, dtype)
-                    more = {"bias": bias, "recompute": recompute}
-                    label = f"D {dim}, F {hidden}, {rows} rows" + ", bias" * bias + ", recompute" * recompute
-                    yield Example(label, lambda a=sizes, s=more: run_expert_mlp(*a, **s))
+            yield from _mlp_examples(256, hidden, rows, dtype)
+            yield from _mlp_examples(1024, hidden, rows, dtype, "bias", bias=True)
+    if dtype == torch.bfloat16:
+        for hidden in (128, 256, 512):
+            tallest = heights[-1] if hidden > 256 else 64
+            for name, activation in _OTHER_ACTIVATIONS.items():
+                yield from _mlp_examples(512, hidden, tallest, dtype, name, bias=True, activation=activation)
+            for rows in (heights[0], tallest):
+                yield from _mlp_examples(250, hidden - 12, rows, dtype, "bias", bias=True)
+
+
+def _mlp_examples(dim: int, hidden: int, rows: int, dtype: torch.dtype, *told: str, **settings) -> Iterator[Example]:
+    """With H kept and without, for as many tokens as call for tiles of so many rows."""
+    experts, top_k = 8, 4
+    sizes = (4 * rows * experts // top_k, dim, hidden, experts, top_k, dtype)
+    for recompute in (False, True):
+        label = ", ".join((f"D {dim}, F {hidden}, {rows} rows", *told, *["recompute"] * recompute))
+        yield Example(label, lambda r=recompute: run_expert_mlp(*sizes, recompute=r, **settings))
 
 
 def run_grouped_matmul(

@@ -6,7 +6,7 @@ In a chunk of C tokens, with G the cumulative log decay and S the state before i
 
 A_ij = Σ_p e_ip k_jp exp(G_ip − G_jp) for i > j, M the same of q for i ≥ j, Ẽ = e exp G, Q̃ = q exp G, and
 K̂_j = k_j exp(G_C − G_j) (Yang 2024, arXiv:2406.06484, arXiv:2412.06464). Kept for backward: the inputs, and a state
-every few chunks.
+every few chunks. A unit is one chunk of one head; Y of them, chunk by chunk, are worked on together, [Y, C, ..].
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SPAN_ROWS = 2**14  # tokens × heads worked on together: few enough for the cache
-_BLOCK = 16  # rows by which a triangle is solved, and within which a decay per channel is measured
-_LEAST_DECAY = -60.0  # log; exp of less is nothing beside 1, and −∞ − (−∞) would be NaN
+from coterie.ops._delta_rule_decay import Decay
+
+_SPAN_ROWS = 2**12  # tokens × heads worked on together: few enough for a core's cache
+_SPAN_STEPS = 4  # and at least so many chunks of a sequence, so that the states kept are few beside the inputs
+# Up to this β‖k‖² a token's edit hardly overshoots, so that float32 chunks are as exact as the recurrence is.
+_TAME = 1.1
 
 
 class Inputs(NamedTuple):
@@ -33,7 +36,8 @@ class Inputs(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """Of X chunks, [X, H, C, ..]: Z [V], Q̃, K̂ [P], M [C], exp G_C [X, H, 1 or P, 1], Ẽ [P], A [C]; None: 1, 0, 0."""
+    """Of Y units: Z [Y, C, V], Q̃ and K̂ [Y, C, P], M [Y, C, C], exp G_C [Y, 1 or P, 1], Ẽ [Y, C, P] and (I + A)⁻¹
+    [Y, C, C], or their gradients with A's as the last; None: no decay, no erasing."""
 
     z: Tensor
     q: Tensor
@@ -41,7 +45,7 @@ class Terms(NamedTuple):
     m: Tensor
     last: Tensor | None
     erase: Tensor | None
-    a: Tensor | None
+    triangle: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -50,26 +54,60 @@ class Plan:
 
     Attributes:
         index: [X, C] int64, a token each, step by step; -1 is padding, which changes no state.
+        padded: of each chunk, whether it has padding.
         steps: how many chunks each step has, never growing.
         order: [number of sequences], the longest first.
     """
 
     index: Tensor
+    padded: list[bool]
     steps: list[int]
     order: Tensor
 
-    def spans(self, heads: int) -> Iterator[tuple[Tensor, list[slice]]]:
-        """Runs of steps that are worked on together: their part of the index, and where in it each step is."""
-        room = max(1, _SPAN_ROWS // (heads * self.index.shape[1]))
-        first, parts, filled = 0, [], 0
+    def spans(self, heads: int) -> Iterator["Span"]:
+        """Runs of steps that are worked on together."""
+        room = _SPAN_ROWS // (heads * self.index.shape[1])
+        first, sizes = 0, []
         for chunks in self.steps:
-            if parts and filled + chunks > room:
-                yield self.index[first : first + filled], parts
-                first, parts, filled = first + filled, [], 0
-            parts.append(slice(filled, filled + chunks))
-            filled += chunks
-        if parts:
-            yield self.index[first : first + filled], parts
+            if len(sizes) >= _SPAN_STEPS and sum(sizes) + chunks > room:
+                yield self._span(first, sizes, heads)
+                first, sizes = first + sum(sizes), []
+            sizes.append(chunks)
+        if sizes:
+            yield self._span(first, sizes, heads)
+
+    def _span(self, first: int, sizes: Sequence[int], heads: int) -> "Span":
+        here = slice(first, first + sum(sizes))
+        return Span(self.index[here], any(self.padded[here]), [heads * chunks for chunks in sizes])
+
+
+@dataclass(frozen=True)
+class Span:
+    """index [X, C], a token each or -1; whether there is a -1; and how many units each step has."""
+
+    index: Tensor
+    is_padded: bool
+    steps: list[int]
+
+    def take(self, t: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+        """[N, H', ..] → [X · heads, C, ..], padding 0; a head of t serves heads / H' in turn."""
+        of_head = torch.arange(heads, device=t.device) // (heads // t.shape[1])
+        rows = self.index.clamp(min=0).unsqueeze(1) * t.shape[1] + of_head.unsqueeze(-1)  # [X, heads, C]
+        taken = t.flatten(0, 1).index_select(0, rows.flatten()).to(dtype).view(-1, rows.shape[-1], *t.shape[2:])
+        if self.is_padded:
+            padding = (self.index < 0).repeat_interleave(heads, 0)
+            taken.masked_fill_(padding.view(*padding.shape, *[1] * (t.dim() - 2)), 0.0)
+        return taken
+
+    def put(self, total: Tensor, rows: Tensor) -> None:
+        """total [N, H', ..] at the index becomes rows [X · heads, C, ..], summed over the heads that one serves."""
+        rows = rows.unflatten(0, (len(self.index), total.shape[1], -1)).transpose(2, 3)
+        rows = rows.sum(3) if rows.shape[3] > 1 else rows.squeeze(3)
+        rows, tokens = rows.transpose(1, 2).flatten(0, 1).to(total.dtype), self.index.flatten()
+        if self.is_padded:
+            is_token = tokens >= 0
+            rows, tokens = rows[is_token], tokens[is_token]
+        total.index_copy_(0, tokens, rows)
 
 
 def make_plan(bounds: Sequence[tuple[int, int]], chunk: int, device: torch.device) -> Plan:
@@ -82,325 +120,192 @@ def make_plan(bounds: Sequence[tuple[int, int]], chunk: int, device: torch.devic
     active = counts > step  # [steps, sequences]
     index = (starts + step * chunk)[active][:, None] + torch.arange(chunk)
     index = index.masked_fill(index >= stops.expand_as(active)[active][:, None], -1)
-    return Plan(index.to(device), active.sum(1).tolist(), order.to(device))
+    return Plan(index.to(device), (index[:, -1] < 0).tolist(), active.sum(1).tolist(), order.to(device))
 
 
 def forward(inputs: Inputs, states: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """o [N, H, V] in v's dtype; the states after the last tokens; and those before each span, [.., H, P, V].
+    """o [N, H, V] in v's dtype; the states after the last tokens; and those before each span, [.., P, V].
 
     states: [number of sequences, H, P, V] before the first token, in the dtype that is computed in.
     """
-    o = inputs.v.new_zeros(inputs.v.shape)
-    state, kept = states[plan.order], []
-    for index, parts in plan.spans(inputs.v.shape[1]):
-        kept.append(state[: parts[0].stop].clone())
-        taken = _take(inputs, index, states.dtype)
-        terms = make_terms(_edits(taken, scale), _Decay.of(taken.g))
-        inverse = None if terms.a is None else invert(terms.a)
-        rows = torch.empty_like(terms.z)
-        for part in parts:
-            before = state[: part.stop - part.start]
-            delta = _delta(terms, inverse, part, before)
-            rows[part] = terms.q[part] @ before + terms.m[part] @ delta
-            _advance(before, terms, part, delta)
-        _put(o, index, rows)
-    final = torch.empty_like(state)
-    final[plan.order] = state
-    return o, final, torch.cat(kept) if kept else states[:0].clone()
+    heads = inputs.v.shape[1]
+    o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
+    state, kept, exact = states[plan.order].flatten(0, 1), [], _needs_exact_triangles(inputs)
+    for span in plan.spans(heads):
+        kept.append(state[: span.steps[0]].clone())
+        terms, _ = _terms(_take(inputs, span, states.dtype), exact)
+        befores, delta = _advance(state, terms, span.steps)
+        rows = torch.bmm(terms.q, befores)
+        span.put(o, rows.baddbmm_(terms.m, delta, beta=scale, alpha=scale))
+    final = torch.empty_like(states)
+    final[plan.order] = state.unflatten(0, (-1, heads))
+    return o, final, torch.cat(kept) if kept else state[:0].clone()
 
 
 def backward(
     grad: Tensor, grad_states: Tensor, inputs: Inputs, kept: Tensor, plan: Plan, scale: float
 ) -> tuple[Inputs, Tensor]:
     """Gradients to the inputs, and to the states before the first tokens."""
-    grads = Inputs(*(None if t is None else torch.zeros_like(t) for t in inputs))
-    grad_state = grad_states[plan.order]
-    spans = list(plan.spans(inputs.v.shape[1]))
-    befores = kept.split([parts[0].stop for _, parts in spans])
-    for (index, parts), before in zip(reversed(spans), reversed(befores), strict=True):
-        taken = _take(inputs, index, kept.dtype)
-        edits, decay = _edits(taken, scale), _Decay.of(taken.g)
-        terms = make_terms(edits, decay)
-        rows = _take_rows(grad, index, kept.dtype)
-        term_grads = _through_states(rows, terms, parts, before.clone(), grad_state)
-        for total, gradient in zip(grads, _input_grads(taken, edits, decay, terms, term_grads, scale), strict=True):
+    heads = inputs.v.shape[1]
+    grads = Inputs(*(None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs))
+    grad_state, exact = grad_states[plan.order].flatten(0, 1), _needs_exact_triangles(inputs)
+    spans = list(plan.spans(heads))
+    starts = kept.split([span.steps[0] for span in spans])
+    for span, state in zip(reversed(spans), reversed(starts), strict=True):
+        taken = _take(inputs, span, kept.dtype)
+        terms, edit = _terms(taken, exact)
+        rows = span.take(grad, heads, kept.dtype).mul_(scale)
+        term_grads = _through_states(rows, terms, span.steps, state.clone(), grad_state)
+        for total, gradient in zip(grads, _input_grads(taken, edit, terms, term_grads), strict=True):
             if total is not None:
-                _put(total, index, gradient)
-    grad_initial = torch.empty_like(grad_state)
-    grad_initial[plan.order] = grad_state
+                span.put(total, gradient)
+    grad_initial = torch.empty_like(grad_states)
+    grad_initial[plan.order] = grad_state.unflatten(0, (-1, heads))
     return grads, grad_initial
 
 
-def _through_states(rows: Tensor, terms: Terms, parts: Sequence[slice], state: Tensor, grad_state: Tensor) -> Terms:
-    """The gradients to `terms` from those to their outputs, `rows` [X, H, C, V], and to the states after them.
+def _take(inputs: Inputs, span: Span, dtype: torch.dtype) -> Inputs:
+    return Inputs(*(t if t is None else span.take(t, inputs.v.shape[1], dtype) for t in inputs))
+
+
+def _needs_exact_triangles(inputs: Inputs) -> bool:
+    """Whether triangles have to be float64.
+
+    Where keys are alike and β‖k‖² is near 2, the inverse is large and what it makes is small.
+    """
+    if inputs.beta is None or inputs.k.device.type != "cpu":  # an accelerator is not waited for
+        return inputs.erase is not None or inputs.beta is not None
+    dtype = torch.promote_types(inputs.k.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(inputs.k, dim=-1, dtype=dtype).square()
+    squares = squares.repeat_interleave(inputs.beta.shape[1] // squares.shape[1], 1)
+    return not bool((inputs.beta * squares <= _TAME).all())
+
+
+class _Edit(NamedTuple):
+    """Where units read, e [Y, C, P], and what decays meanwhile."""
+
+    erase: Tensor | None
+    decay: Decay
+
+
+def _terms(inputs: Inputs, exact: bool) -> tuple[Terms, _Edit]:
+    """Of inputs [Y, C, ..]."""
+    q, k, z, g, erase, beta = inputs
+    decay = Decay.of(g)
+    if beta is not None:
+        erase, z = k * beta.unsqueeze(-1), z * beta.unsqueeze(-1)
+    triangle = None
+    if erase is not None:
+        left, right = (t.double() if exact and t.device.type != "mps" else t for t in (erase, k))
+        triangle = _inverse(decay.multiply(left, right))
+    terms = Terms(
+        z=z,
+        q=decay.since_start(q),
+        k=decay.until_end(k),
+        m=decay.multiply(q, k),
+        last=decay.whole,
+        erase=None if erase is None else decay.since_start(erase),
+        triangle=triangle,
+    )
+    return terms, _Edit(erase, decay)
+
+
+def _advance(state: Tensor, terms: Terms, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The states before the units [Y, P, V] and what they write, Δ [Y, C, V]; `state` becomes that after the last."""
+    befores = state.new_empty(len(terms.z), *state.shape[1:])
+    delta = terms.z if terms.erase is None else torch.empty_like(terms.z)
+    for units, before, change, z, k, last, erase, triangle in zip(
+        steps, *(_split(t, steps) for t in (befores, delta, terms.z, terms.k, *terms[4:])), strict=True
+    ):
+        now = state[:units]
+        before.copy_(now)
+        if erase is not None:
+            _multiply(triangle, torch.baddbmm(z, erase, now, alpha=-1), out=change)
+        if last is not None:
+            now.mul_(last)
+        now.baddbmm_(k.mT, change)
+    return befores, delta
+
+
+def _through_states(rows: Tensor, terms: Terms, steps: Sequence[int], state: Tensor, grad_state: Tensor) -> Terms:
+    """The gradients to `terms` from those to their outputs, `rows` [Y, C, V], and to the states after them.
 
     state: before the span; both it and grad_state, which becomes that before the span, are written to.
     """
-    inverse = None if terms.a is None else invert(terms.a)
-    delta, befores, afters = torch.empty_like(rows), *(rows.new_empty(len(rows), *state.shape[1:]) for _ in range(2))
-    for part in parts:
-        before = state[: part.stop - part.start]
-        befores[part] = before
-        delta[part] = _delta(terms, inverse, part, before)
-        _advance(before, terms, part, delta[part])
-    grad_z = terms.m.mT @ rows  # so far to Δ
-    for part in reversed(parts):
-        after = grad_state[: part.stop - part.start]
-        afters[part] = after
-        grad_z[part] += terms.k[part] @ after
-        if inverse is not None:
-            grad_z[part] = (inverse[part].mT @ grad_z[part].to(inverse.dtype)).to(grad_z.dtype)
-        if terms.last is not None:
-            after *= terms.last[part]
-        after += terms.q[part].mT @ rows[part]
-        if inverse is not None:
-            after -= terms.erase[part].mT @ grad_z[part]
-    grad_last = None
+    befores, delta = _advance(state, terms, steps)
+    afters = torch.empty_like(befores)
+    grad_z = torch.bmm(terms.m.mT, rows)  # so far to Δ
+    from_rows = torch.bmm(terms.q.mT, rows)
+    parts = zip(steps, *(_split(t, steps) for t in (afters, grad_z, from_rows, terms.k, *terms[4:])), strict=True)
+    for units, after, change, read, k, last, erase, triangle in reversed(list(parts)):
+        now = grad_state[:units]
+        after.copy_(now)
+        change.baddbmm_(k, after)
+        if erase is not None:
+            _multiply(triangle.mT, change, out=change)
+        if last is not None:
+            now.mul_(last)
+        now.add_(read)
+        if erase is not None:
+            now.baddbmm_(erase.mT, change, alpha=-1)
+    grad_last = grad_erase = grad_triangle = None
     if terms.last is not None:
-        grad_last = (afters * befores).sum(-1, keepdim=True)
-        if terms.last.shape[2] == 1:
-            grad_last = grad_last.sum(2, keepdim=True)
+        grad_last = (afters * befores).sum((1, 2) if terms.last.shape[1] == 1 else 2, keepdim=True)
+    if terms.erase is not None:
+        grad_erase = _negative_product(grad_z, befores.mT)
+        grad_triangle = _negative_product(grad_z, delta.mT)
     return Terms(
         z=grad_z,
-        q=rows @ befores.mT,
-        k=delta @ afters.mT,
-        m=rows @ delta.mT,
+        q=torch.bmm(rows, befores.mT),
+        k=torch.bmm(delta, afters.mT),
+        m=torch.bmm(rows, delta.mT),
         last=grad_last,
-        erase=None if inverse is None else -grad_z @ befores.mT,
-        a=None if inverse is None else -grad_z @ delta.mT,
+        erase=grad_erase,
+        triangle=grad_triangle,
     )
 
 
-def _advance(state: Tensor, terms: Terms, part: slice, delta: Tensor) -> None:
-    """state [X, H, P, V], in place, to that after its chunks."""
-    if terms.last is not None:
-        state *= terms.last[part]
-    state += terms.k[part].mT @ delta
-
-
-def _delta(terms: Terms, inverse: Tensor | None, part: slice, state: Tensor) -> Tensor:
-    """What the chunks write, given the states before them.
-
-    Where keys are alike and β is near 2, the triangle's inverse is large and what it makes is small. So it is applied
-    after the subtraction, and is float64 all along: then chunks err no more than the recurrence does.
-    """
-    if inverse is None:
-        return terms.z[part]
-    difference = terms.z[part] - terms.erase[part] @ state
-    return (inverse[part] @ difference.to(inverse.dtype)).to(difference.dtype)
-
-
-def make_terms(edits: "_Edits", decay: "_Decay") -> Terms:
-    q, k, v, erase = edits
-    if erase is None:
-        return Terms(v, decay.since_start(q), decay.until_end(k), decay.multiply(q, k).tril(), decay.whole, None, None)
-    return Terms(
-        z=v,
-        q=decay.since_start(q),
-        k=decay.until_end(k),
-        m=decay.multiply(q, k).tril(),
-        last=decay.whole,
-        erase=decay.since_start(erase),
-        a=decay.multiply(_widened(erase), _widened(k)).tril(-1),
-    )
-
-
-def _input_grads(inputs: Inputs, edits: "_Edits", decay: "_Decay", terms: Terms, grads: Terms, scale: float) -> Inputs:
-    """The gradients to the inputs [X, H or H', C, ..] from those to the terms of their edits."""
-    q, k, _, erase = edits
-    grad_q, grad_k = decay.multiply_backward(grads.m.tril(), q, k)
-    grad_q += decay.since_start(grads.q)
-    grad_k += decay.until_end(grads.k)
-    grad_erase = None
+def _input_grads(inputs: Inputs, edit: _Edit, terms: Terms, grads: Terms) -> Inputs:
+    """The gradients to the inputs [Y, C, ..] from those to the terms, which are not kept."""
+    q, k, v, g, _, beta = inputs
+    erase, decay = edit
+    grad_q, grad_k, grad_v = decay.since_start(grads.q), decay.until_end(grads.k), grads.z
+    grad_erase = grad_g = grad_beta = None
+    to_ends = None if g is None else (k * grad_k).sum(1)
+    decay.multiply_backward(grads.m.tril_(), q, k, grad_q, grad_k)
     if erase is not None:
-        grad_erase, more = decay.multiply_backward(grads.a.tril(-1), erase, k)
-        grad_erase += decay.since_start(grads.erase)
-        grad_k += more
-    grad_g = None
-    if inputs.g is not None:
-        grad_total = q * grad_q - k * grad_k  # to G
+        grad_erase = decay.since_start(grads.erase)
+        decay.multiply_backward(grads.triangle.tril_(-1), erase, k, grad_erase, grad_k)
+    if g is not None:
+        to_rows = (q * grad_q).addcmul_(k, grad_k, value=-1)
         if erase is not None:
-            grad_total += erase * grad_erase
-        grad_total[:, :, -1] += (terms.k * grads.k).sum(2) + (terms.last * grads.last).mT.squeeze(2) / (
-            1 if inputs.g.dim() == 4 else k.shape[-1]
-        )
-        if inputs.g.dim() == 3:
-            grad_total = grad_total.sum(-1)
-        grad_g = grad_total.flip(2).cumsum(2).flip(2).masked_fill(inputs.g < _LEAST_DECAY, 0.0)
-    grad_v, grad_beta = grads.z, None
-    if inputs.beta is not None:
-        beta = inputs.beta.unsqueeze(-1)
-        grad_beta = (grad_erase * k).sum(-1) + (grad_v * inputs.v).sum(-1)
-        grad_k, grad_v, grad_erase = grad_k + beta * grad_erase, beta * grad_v, None
-    grad_q, grad_k, grad_erase = (
-        t if t is None else _sum_heads(t, like.shape[1])
-        for t, like in ((grad_q * scale, inputs.q), (grad_k, inputs.k), (grad_erase, inputs.erase))
-    )
+            to_rows.addcmul_(erase, grad_erase)
+        grad_g = decay.backward(to_rows, to_ends, grads.last)
+    if beta is not None:
+        beta = beta.unsqueeze(-1)
+        grad_beta = (grad_erase * k).sum(-1) + (grad_v * v).sum(-1)
+        grad_k, grad_v, grad_erase = grad_k.addcmul_(grad_erase, beta), grad_v * beta, None
     return Inputs(grad_q, grad_k, grad_v, grad_g, grad_erase, grad_beta)
 
 
-class _Edits(NamedTuple):
-    """scale · q, k, z and e, [X, H, C, ..]."""
-
-    q: Tensor
-    k: Tensor
-    z: Tensor
-    erase: Tensor | None
+def _split(t: Tensor | None, steps: Sequence[int]) -> Sequence[Tensor | None]:
+    return [None] * len(steps) if t is None else t.split(steps)
 
 
-def _edits(inputs: Inputs, scale: float) -> _Edits:
-    """Of inputs [X, H or H', C, ..], for every head of v."""
-    heads = inputs.v.shape[1]
-    q, k, erase = (
-        t if t is None or t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)
-        for t in (inputs.q, inputs.k, inputs.erase)
-    )
-    if inputs.beta is None:
-        return _Edits(q * scale, k, inputs.v, erase)
-    beta = inputs.beta.unsqueeze(-1)
-    return _Edits(q * scale, k, beta * inputs.v, beta * k)
+def _inverse(a: Tensor) -> Tensor:
+    """(I + A)⁻¹, A being what stands below the diagonal; row by row, as powers of A grow without bound where keys are
+    alike."""
+    identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
+    return torch.linalg.solve_triangular(a, identity, upper=False, unitriangular=True)
 
 
-def _widened(t: Tensor) -> Tensor:
-    """In float64, where the device has it."""
-    return t if t.device.type == "mps" else t.double()
+def _multiply(triangle: Tensor, rows: Tensor, out: Tensor) -> None:
+    """out = triangle @ rows, in the triangle's dtype."""
+    if triangle.dtype == rows.dtype and out is not rows:
+        torch.bmm(triangle, rows, out=out)
+    else:
+        out.copy_(torch.bmm(triangle, rows.to(triangle.dtype)))
 
 
-def _sum_heads(t: Tensor, heads: int) -> Tensor:
-    return t if t.shape[1] == heads else t.unflatten(1, (heads, -1)).sum(2)
-
-
-class _Decay:
-    """What decay does to the rows [X, H, C, P] of a chunk; this one: nothing."""
-
-    whole: Tensor | None = None  # exp G_C, [X, H, 1 or P, 1]
-    _since: Tensor | None = None  # exp G, [X, H, C, 1 or P]
-    _until: Tensor | None = None  # exp(G_C − G)
-
-    @staticmethod
-    def of(g: Tensor | None) -> "_Decay":
-        if g is None:
-            return _Decay()
-        # In float64: the difference of two large sums is what counts.
-        total = _widened(g.clamp(min=_LEAST_DECAY)).cumsum(2)
-        return (_DecayOfHeads if g.dim() == 3 else _DecayOfChannels)(total, g.dtype)
-
-    def since_start(self, rows: Tensor) -> Tensor:
-        """rows · exp G."""
-        return rows if self._since is None else rows * self._since
-
-    def until_end(self, rows: Tensor) -> Tensor:
-        """rows · exp(G_C − G)."""
-        return rows if self._until is None else rows * self._until
-
-    def multiply(self, left: Tensor, k: Tensor) -> Tensor:
-        """Σ_p left_ip k_jp exp(G_ip − G_jp) where i ≥ j, anything where not."""
-        return left @ k.mT
-
-    def multiply_backward(self, grad: Tensor, left: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients to left and k; grad is 0 where i < j."""
-        return grad @ k, grad.mT @ left
-
-
-class _DecayOfHeads(_Decay):
-    def __init__(self, total: Tensor, dtype: torch.dtype) -> None:
-        ends, chunk = total[..., -1:], total.shape[2]
-        later = torch.ones(chunk, chunk, dtype=torch.bool, device=total.device).triu(1)
-        between = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(dtype)
-        self._between = between.masked_fill_(later, -torch.inf).exp_()
-        self._since, self._until = (t.to(dtype).exp().unsqueeze(-1) for t in (total, ends - total))
-        self.whole = ends.to(dtype).exp().unsqueeze(-1)
-
-    def multiply(self, left: Tensor, k: Tensor) -> Tensor:
-        return (left @ k.mT) * self._between
-
-    def multiply_backward(self, grad: Tensor, left: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        grad = grad * self._between
-        return grad @ k, grad.mT @ left
-
-
-class _DecayOfChannels(_Decay):
-    """exp(G_i − G_j) is taken apart at the first row of i's block of 16, so that neither factor is above 1; within a
-    block it is formed for every pair."""
-
-    def __init__(self, total: Tensor, dtype: torch.dtype) -> None:
-        ends = total[:, :, -1:]
-        self._total, self._dtype = total, dtype
-        self._since, self._until = (t.to(dtype).exp() for t in (total, ends - total))
-        self.whole = ends.to(dtype).exp().mT
-
-    def multiply(self, left: Tensor, k: Tensor) -> Tensor:
-        products = left.new_zeros(*left.shape[:3], k.shape[2])
-        for here, since, until, within in self._blocks():
-            rows, before = left[:, :, here], slice(0, here.start)
-            products[:, :, here, before] = (rows * since) @ (k[:, :, before] * until).mT
-            pairs = within * k[:, :, None, here]  # [X, H, i, j, P]
-            products[:, :, here, here] = (pairs @ rows.unsqueeze(-1)).squeeze(-1)
-        return products
-
-    def multiply_backward(self, grad: Tensor, left: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        grad_left, grad_k = torch.zeros_like(left), torch.zeros_like(k)
-        for here, since, until, within in self._blocks():
-            rows, before = left[:, :, here], slice(0, here.start)
-            above = grad[:, :, here, before]
-            grad_left[:, :, here] = (above @ (k[:, :, before] * until)) * since
-            grad_k[:, :, before] += (above.mT @ (rows * since)) * until
-            pairs = grad[:, :, here, here].unsqueeze(-1) * within
-            grad_left[:, :, here] += (pairs * k[:, :, None, here]).sum(3)
-            grad_k[:, :, here] += (pairs * rows.unsqueeze(3)).sum(2)
-        return grad_left, grad_k
-
-    def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """(rows, exp(G − G of the first), exp(G of the first − earlier G), exp(G_i − G_j) or 0 [X, H, 16, 16, P])."""
-        later = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=self._total.device).triu(1).unsqueeze(-1)
-        for first in range(0, self._total.shape[2], _BLOCK):
-            here = slice(first, first + _BLOCK)
-            g, start = self._total[:, :, here], self._total[:, :, first : first + 1]
-            within = (g.unsqueeze(3) - g.unsqueeze(2)).to(self._dtype).masked_fill_(later, -torch.inf).exp_()
-            since, until = (t.to(self._dtype).exp() for t in (g - start, start - self._total[:, :, :first]))
-            yield here, since, until, within
-
-
-def invert(a: Tensor) -> Tensor:
-    """(I + A)⁻¹ of strictly lower triangular A [.., C, C], C = 16 · a power of two.
-
-    Blocks of 16 row by row, then two blocks into one: a series of powers of A would grow without bound where keys are
-    alike.
-    """
-    size, chunk = _BLOCK, a.shape[-1]
-    blocks = _diagonal_blocks(a, size)
-    inverse = torch.eye(size, dtype=a.dtype, device=a.device).expand(blocks.shape).clone()
-    for row in range(1, size):
-        inverse[..., row, :row] = -(blocks[..., row : row + 1, :row] @ inverse[..., :row, :row]).squeeze(-2)
-    while size < chunk:
-        upper, lower = inverse.unflatten(-3, (-1, 2)).unbind(-3)
-        between = _diagonal_blocks(a, 2 * size)[..., size:, :size]
-        corner = -(lower @ between @ upper)
-        top = torch.cat((upper, torch.zeros_like(upper)), -1)
-        inverse, size = torch.cat((top, torch.cat((corner, lower), -1)), -2), 2 * size
-    return inverse.squeeze(-3)
-
-
-def _diagonal_blocks(a: Tensor, size: int) -> Tensor:
-    """[.., C, C] → [.., C / size, size, size]."""
-    blocks = a.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # [.., n, size, n, size]
-    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
-
-
-def _take(inputs: Inputs, index: Tensor, dtype: torch.dtype) -> Inputs:
-    return Inputs(*(t if t is None else _take_rows(t, index, dtype) for t in inputs))
-
-
-def _take_rows(t: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, H, ..] → [X, H, C, ..], padding 0."""
-    rows = t.index_select(0, index.flatten().clamp(min=0)).unflatten(0, index.shape).transpose(1, 2).to(dtype)
-    padding = (index < 0).view(index.shape[0], 1, index.shape[1], *[1] * (rows.dim() - 3))
-    return rows.masked_fill(padding, 0.0)
-
-
-def _put(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    """total [N, H, ..] at the index becomes rows [X, H, C, ..]."""
-    tokens = index.flatten()
-    rows = rows.transpose(1, 2).flatten(0, 1).to(total.dtype)
-    is_token = tokens >= 0
-    total[tokens[is_token]] = rows[is_token]
+def _negative_product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=-1)

@@ -8,7 +8,6 @@ e = βk and z = βv this is the gated delta rule (Yang 2024, arXiv:2412.06464), 
 GLA, Mamba-2. `coterie.ops.linear_attention` has them by name.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -34,7 +33,7 @@ def delta_rule(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     token_mask: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     return_state: bool = True,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -53,7 +52,7 @@ def delta_rule(
         cu_seqlens: [number of sequences + 1] int64, the bounds of sequences packed into L; B must be 1. An accelerator
             is waited for, for them.
         token_mask: [B, L] bool; False is padding, whatever it contains: it changes no state, and its output is 0.
-        chunk_size: how many tokens impl="torch" takes at once, 16 · a power of two.
+        chunk_size: how many tokens impl="torch" takes at once, 16 · a power of two. None: 32 on a CPU, else 64.
         return_state: whether the state is wanted.
         impl: "reference" (token by token, any dtype, twice differentiable) | "torch" (chunk by chunk).
 
@@ -79,52 +78,52 @@ def delta_rule(
     elif initial_state.dtype != torch.float64:
         initial_state = initial_state.float()
     scale = key_width**-0.5 if scale is None else float(scale)
-    flat = Inputs(*(t if t is None else t.flatten(0, 1) for t in (q, k, v, g, erase, beta)))
-    few = cu_seqlens is None and length <= _FEW_TOKENS
-    if impl == "reference" or few:
-        o, state = _recurrent(flat, initial_state, bounds, scale)
+    inputs = Inputs(q, k, v, g, erase, beta)
+    if impl == "reference" and cu_seqlens is not None:
+        parts = [_recurrent(_slice(inputs, *ends), initial_state[i : i + 1], scale) for i, ends in enumerate(bounds)]
+        o, state = torch.cat([o for o, _ in parts], 1), torch.cat([state for _, state in parts])
+    elif impl == "reference" or (cu_seqlens is None and length <= _FEW_TOKENS):
+        o, state = _recurrent(inputs, initial_state, scale)
     else:
         ends = torch.tensor(bounds, dtype=torch.int64).view(-1, 2)
+        chunk_size = chunk_size or (32 if q.device.type == "cpu" else 64)
+        flat = (t if t is None else t.flatten(0, 1) for t in inputs)
         o, state, _ = _op(*flat, initial_state, ends, scale, chunk_size)
-    return o.unflatten(0, (batch, length)), state if return_state else None
+        o = o.unflatten(0, (batch, length))
+    return o, state if return_state else None
 
 
-def _recurrent(
-    inputs: Inputs, states: Tensor, bounds: Sequence[tuple[int, int]], scale: float
-) -> tuple[Tensor, Tensor]:
-    """The rule as it stands above; sequences of equal length side by side."""
-    lengths = {stop - start for start, stop in bounds}
-    if len(lengths) > 1:
-        parts = [
-            _recurrent(_slice(inputs, *b), states[i : i + 1], [(0, b[1] - b[0])], scale) for i, b in enumerate(bounds)
-        ]
-        return torch.cat([o for o, _ in parts]), torch.cat([state for _, state in parts])
-    batch, heads = len(bounds), inputs.v.shape[1]
-    dtype, state = states.dtype, states
-    q, k, v, g, erase, beta = (
-        t if t is None else t.to(dtype).unflatten(0, (batch, -1)).transpose(0, 1) for t in inputs
-    )  # [L, B, H, ..]
-    q, k, erase = (
-        t if t is None or t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], 2) for t in (q, k, erase)
-    )
+def _recurrent(inputs: Inputs, states: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The rule as it stands above, of inputs [B, L, ..]."""
+    batch, length, heads, value_width = inputs.v.shape
+    dtype = states.dtype
+
+    def rows(t: Tensor) -> Tensor:
+        """[B, L, H', ..] → [B · H, L, ..]."""
+        t = t.to(dtype) if t.shape[2] == heads else t.to(dtype).repeat_interleave(heads // t.shape[2], 2)
+        return t.transpose(1, 2).reshape(batch * heads, length, *t.shape[3:])
+
+    q, k, v, g, erase, beta = (t if t is None else rows(t) for t in inputs)
     if beta is not None:
-        erase, v = beta.unsqueeze(-1) * k, beta.unsqueeze(-1) * v
-    outputs = []
-    for t in range(len(v)):
+        beta = beta.unsqueeze(-1)
+        erase, v = beta * k, beta * v
+    if g is not None:
+        g = (g.unsqueeze(-1) if g.dim() == 2 else g).exp().unsqueeze(-1)  # [B · H, L, 1 or P, 1]
+    state, outputs = states.flatten(0, 1), []
+    for t in range(length):
+        here = slice(t, t + 1)
         if g is not None:
-            decay = g[t].exp()
-            state = state * (decay.unsqueeze(-1) if decay.dim() == 3 else decay[..., None, None])
-        change = v[t]
-        if erase is not None:
-            change = change - (erase[t].unsqueeze(-2) @ state).squeeze(-2)
-        state = state + k[t].unsqueeze(-1) * change.unsqueeze(-2)
-        outputs.append((q[t].unsqueeze(-2) @ state).squeeze(-2) * scale)
-    o = torch.stack(outputs, 1).flatten(0, 1) if outputs else inputs.v.clone()
-    return o.to(inputs.v.dtype), state
+            state = state * g[:, t]
+        change = v[:, here] if erase is None else torch.baddbmm(v[:, here], erase[:, here], state, alpha=-1)
+        state = torch.baddbmm(state, k[:, here].mT, change)
+        outputs.append(torch.bmm(q[:, here], state))
+    o = torch.cat(outputs, 1) * scale if outputs else v
+    o = o.view(batch, heads, length, value_width).transpose(1, 2).to(inputs.v.dtype)
+    return o, state.view(states.shape)
 
 
 def _slice(inputs: Inputs, start: int, stop: int) -> Inputs:
-    return Inputs(*(t if t is None else t[start:stop] for t in inputs))
+    return Inputs(*(t if t is None else t[:, start:stop] for t in inputs))
 
 
 @torch.library.custom_op("coterie::delta_rule", mutates_args=())
@@ -171,7 +170,7 @@ def _op_backward(
 @_op.register_fake
 def _(q, k, v, g, erase, beta, states, bounds, scale, chunk):
     kept = torch.library.get_ctx().new_dynamic_size()
-    return v.new_empty(v.shape), states.new_empty(states.shape), states.new_empty(kept, *states.shape[1:])
+    return v.new_empty(v.shape), states.new_empty(states.shape), states.new_empty(kept, *states.shape[2:])
 
 
 @_op_backward.register_fake
@@ -246,5 +245,5 @@ def _check(q, k, v, g, erase, beta, initial_state, cu_seqlens, token_mask, chunk
         check_tensor("initial_state", initial_state, (sequences, heads, key_width, value_width), "[B, H, P, V]")
     if token_mask is not None:
         check_tensor("token_mask", token_mask, (batch, length), "[B, L]", dtype=torch.bool)
-    if chunk_size < 16 or chunk_size & (chunk_size - 1):
+    if chunk_size is not None and (chunk_size < 16 or chunk_size & (chunk_size - 1)):
         raise ValueError(f"chunk_size must be a power of two and at least 16, got {chunk_size}")

@@ -1,0 +1,338 @@
+"""delta_rule on a CPU beside full attention, and beside the other implementations of it that run there.
+
+The gated delta rule (a decay per head, β in 0..1) of one layer: B = 1 sequence, H heads, P = V. transformers' is the
+torch code that its qwen3_next falls back to, flash-linear-attention's the naive one in chunks that its kernels are
+tested with. Full attention computes something else: what it is compared by is the work of a layer.
+"""
+
+import inspect
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from tyro.conf import arg
+
+import _bench
+import _tell
+from _bench import Case, Contender, Result
+from coterie.ops import delta_rule
+from coterie.report import format_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+FORWARD, BOTH, LINEAR, DECODE = "fwd", "fwd+bwd", "linear", "decode"
+OURS, SDPA, HF, FLA = "coterie", "SDPA, full attention", "transformers", "fla, naive chunks"
+PARTS = "coterie, in parts of 4096"
+PART = 4096
+
+# What the library means to reach: times as fast as transformers' at L = 4096, forward and backward; faster than SDPA
+# from L = 2048 on; time that grows with L alone; bytes kept for backward over those of the inputs.
+HF_BAR, SDPA_FROM, LINEAR_BAR, SAVED_BAR, DECODE_BAR = 4.0, 2048, 1.1, 1.5, 1.1
+# Checked against float64 are so many tokens; only of their outputs is there a gradient to come back.
+CHECKED = 1024
+TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
+RESULTS = ("o", "q", "k", "v", "g", "beta")  # the output, and gradients
+
+Inputs = tuple[Tensor, ...]  # q, k, v, g, beta, and the gradient to the output
+
+
+@dataclass
+class Options(_bench.Options):
+    """Compare coterie's delta rule with full attention and with other implementations.
+
+    L tokens of one sequence, H heads of width P. Ratios are medians over interleaved rounds, each with fresh inputs.
+    With no options: eight lengths, two dtypes, forward and forward+backward, whether time is linear, and decoding, in
+    about fifteen minutes on two slow cores.
+    """
+
+    length: Annotated[
+        tuple[int, ...], arg(metavar="L ...", help_behavior_hint="(default: 512 to 65536; quick: 512 and 2048)")
+    ] = ()
+    """Measure these lengths."""
+    dtypes: Annotated[
+        tuple[Literal["float32", "bfloat16"], ...], arg(help_behavior_hint="(default: both; quick: float32)")
+    ] = ()
+    """Of inputs; decays are float32."""
+    kinds: Annotated[
+        tuple[Literal["fwd", "fwd+bwd", "linear", "decode"], ...], arg(help_behavior_hint="(default: all)")
+    ] = ()
+    """What to measure: a pass over the sequence, whether 65536 tokens take 16 times as long as 4096, a step of
+    decoding."""
+    heads: Annotated[int, arg(metavar="H")] = 8
+    """H."""
+    width: Annotated[int, arg(metavar="P")] = 64
+    """P = V, of a head."""
+
+    def check(self) -> None:
+        super().check()
+        for name, values in (("length", self.length), ("heads", (self.heads,)), ("width", (self.width,))):
+            for value in values:
+                if value < 1:
+                    raise ValueError(f"--{name}: got {value}, must be at least 1")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code: 0 also when a bar is missed, 1 for a wrong result, 2 for options."""
+    options = _bench.start(Options, argv, prog="python benchmarks/bench_delta_rule.py")
+    lengths = options.length or ((512, 2048) if options.quick else LENGTHS)
+    kinds = options.kinds or (FORWARD, BOTH, LINEAR, DECODE)
+    cases = [
+        (kind, length, dtype)
+        for dtype in options.dtypes or (("float32",) if options.quick else ("float32", "bfloat16"))
+        for kind in kinds
+        for length in (lengths if kind != LINEAR else (max(lengths),))
+        if kind != LINEAR or length > PART
+    ]
+    facts = _tell.machine(options.device)
+    print(_tell.format_machine(facts) + "\n")
+    results: list[Result] = []
+    try:
+        with tqdm(cases, unit="case", disable=None) as bar:
+            for kind, length, dtype in bar:
+                case = make_case(kind, length, dtype, options)
+                say = partial(_say, bar, case.title)
+                results.append(_bench.measure(case, options, say=say))
+                tqdm.write(_tell.format_result(results[-1], {}))
+                content = {"benchmark": "delta_rule", "machine": facts, "seed": options.seed}
+                content |= {"cases": [result.to_dict() for result in results], "bars": bars(results)}
+                _tell.write_json(options.out / "delta_rule.json", content)
+    except _bench.WrongResult as error:
+        print(f"bench_delta_rule: wrong result: {error}", file=sys.stderr)
+        return 1
+    print(format_bars(results))
+    print(f"\n{options.out / 'delta_rule.json'}")
+    print(_tell.write_chart(options.out / "delta_rule.png", lambda: draw(results, facts)))
+    return 0
+
+
+def _say(bar: tqdm, title: str, text: str) -> None:
+    bar.set_description(f"{title}: {text}")
+
+
+# --- contenders ---
+
+
+def make_case(kind: str, length: int, dtype: str, options: Options) -> Case:
+    """One table."""
+    labels = {"L": length, "H": options.heads, "P": options.width, "dtype": dtype, "kind": kind}
+    make = partial(make_inputs, dtype=getattr(torch, dtype), options=options)
+    if kind == DECODE:
+        state, keys, values = _context(length, getattr(torch, dtype), options)
+        found = {OURS: partial(_ours, state=state), SDPA: partial(_attend, keys=keys, values=values)}
+        wide = {
+            OURS: partial(_reference, state=state.double()),
+            SDPA: partial(_attend, keys=keys.double(), values=values.double()),
+        }
+    else:
+        found, wide = {OURS: _ours}, dict.fromkeys((OURS, PARTS, HF, FLA), _reference) | {SDPA: _sdpa}
+        found |= {PARTS: _ours} if kind == LINEAR else {SDPA: _sdpa, HF: _transformers(), FLA: _fla()}
+    once = _forward if kind in (FORWARD, DECODE) else _both
+    contenders = []
+    for name, run in found.items():
+        contender = Contender(
+            name,
+            partial(_in_parts if name == PARTS else once, run),
+            partial(_checked, once, wide[name]),
+            dict.fromkeys(RESULTS if once == _both else RESULTS[:1], TOLERANCES[dtype]),
+            skip=run if isinstance(run, str) else "",
+            optional=name in (HF, FLA),
+        )
+        contenders.append(contender)
+    return Case(labels, OURS, contenders, partial(make, length=1 if kind == DECODE else length))
+
+
+def make_inputs(seed: int, *, length: int, dtype: torch.dtype, options: Options) -> Inputs:
+    """Unit keys and queries; a token's decay is about 0.98."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*last: int) -> Tensor:
+        return torch.randn(1, length, options.heads, *last, generator=generator)
+
+    q, k = (F.normalize(randn(options.width), dim=-1) for _ in range(2))
+    v, beta, g, grad = randn(options.width), randn().sigmoid(), -F.softplus(randn() - 4), randn(options.width)
+    grad[:, CHECKED:] = 0
+    leaves = [t.to(options.device, t.dtype if t is g else dtype).requires_grad_() for t in (q, k, v, g, beta)]
+    return (*leaves, grad.to(options.device, dtype))
+
+
+def _context(length: int, dtype: torch.dtype, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """What is kept of so many tokens: a state, or keys and values."""
+    generator = torch.Generator().manual_seed(options.seed)
+    shape = (1, options.heads, options.width, options.width)
+    state = torch.randn(shape, generator=generator).to(options.device)
+    keys, values = (torch.randn(1, options.heads, length, options.width, generator=generator) for _ in range(2))
+    return state, keys.to(options.device, dtype), values.to(options.device, dtype)
+
+
+def _forward(run: Callable, inputs: Inputs) -> Mapping[str, Tensor]:
+    with torch.no_grad():
+        return {"o": run(*inputs[:-1])[0]}
+
+
+def _both(run: Callable, inputs: Inputs) -> Mapping[str, Tensor]:
+    *leaves, grad = inputs
+    o = run(*leaves)
+    grads = torch.autograd.grad(o, leaves, grad, materialize_grads=True)  # attention has no decays
+    return dict(zip(RESULTS, (o.detach()[0], *(t[0] for t in grads)), strict=True))
+
+
+def _in_parts(run: Callable, inputs: Inputs) -> Mapping[str, Tensor]:
+    """As if every 4096 tokens were a sequence of their own; the results of the first."""
+    parts = zip(*(t.detach().split(PART, 1) for t in inputs), strict=True)
+    first, *_ = [_both(run, tuple(t.requires_grad_() for t in part)) for part in parts]
+    return first
+
+
+def _checked(once: Callable, run: Callable, inputs: Inputs) -> Mapping[str, Tensor]:
+    """In float64, of the tokens that are checked."""
+    return once(run, tuple(t.detach()[:, :CHECKED].double().requires_grad_() for t in inputs))
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, state: Tensor | None = None) -> Tensor:
+    return delta_rule(q, k, v, g, beta=beta, initial_state=state)[0]
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, state: Tensor | None = None) -> Tensor:
+    return delta_rule(q, k, v, g, beta=beta, initial_state=state, impl="reference")[0]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, keys: Tensor, values: Tensor) -> Tensor:
+    """One token's query over the keys of all."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2)
+
+
+def _transformers() -> Callable | str:
+    """Or why there is none. What transformers runs where flash-linear-attention's kernels do not."""
+    try:
+        from transformers.models.qwen3_next import modeling_qwen3_next as theirs
+    except ImportError as error:
+        return f"{error.name} is not installed, or too old"
+    run = inspect.unwrap(theirs.torch_chunk_gated_delta_rule)
+    return lambda q, k, v, g, beta: run(q, k, v, g, beta)[0]
+
+
+def _fla() -> Callable | str:
+    """Or why there is none."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that there is no GPU
+            from fla.ops.gated_delta_rule.naive import naive_chunk_gated_delta_rule as run
+    except ImportError as error:
+        return f"{error.name} is not installed, or too old"
+    return lambda q, k, v, g, beta: run(q, k, v, g, beta)[0].to(v.dtype)
+
+
+# --- bars ---
+
+
+def bars(results: Sequence[Result]) -> list[dict]:
+    """Every figure that has a bar: what, where, the value, the bar, and whether it is met."""
+    found = []
+
+    def judge(labels: Mapping, what: str, value: float, bar: float, *, at_least: bool) -> None:
+        met = value >= bar if at_least else value <= bar
+        found.append({**labels, "what": what, "value": value, "bar": bar, "met": met})
+
+    for result in results:
+        labels = result.labels
+        if labels["kind"] == LINEAR and (ratio := result.ratio(PARTS, OURS)):  # times as fast are the parts
+            what = f"time over that of as many tokens in parts of {PART}"
+            judge(labels, what, ratio.median, LINEAR_BAR, at_least=False)
+        if labels["kind"] == BOTH:
+            own = result.rows[OURS].saved_bytes / input_bytes(labels)
+            judge(labels, "bytes kept over bytes of the inputs", own, SAVED_BAR, at_least=False)
+            if labels["L"] == PART and (ratio := result.ratio(OURS, HF)):
+                judge(labels, "speed over transformers", ratio.median, HF_BAR, at_least=True)
+        if labels["kind"] in (FORWARD, BOTH) and labels["L"] >= SDPA_FROM and (ratio := result.ratio(OURS, SDPA)):
+            judge(labels, "speed over SDPA", ratio.median, 1.0, at_least=True)
+    steps = [result for result in results if result.labels["kind"] == DECODE]
+    for dtype in dict.fromkeys(step.labels["dtype"] for step in steps):
+        own = {s.labels["L"]: statistics.median(s.rows[OURS].seconds) for s in steps if s.labels["dtype"] == dtype}
+        if len(own) > 1:
+            where = next(s.labels for s in steps if s.labels["dtype"] == dtype) | {"L": max(own)}
+            what = f"time of a step over that after {min(own)} tokens"
+            judge(where, what, own[max(own)] / own[min(own)], DECODE_BAR, at_least=False)
+    return found
+
+
+def input_bytes(labels: Mapping) -> int:
+    """Of q, k, v, beta, and of decays in float32."""
+    size = getattr(torch, labels["dtype"]).itemsize
+    return labels["L"] * labels["H"] * (3 * labels["P"] * size + size + 4)
+
+
+def format_bars(results: Sequence[Result]) -> str:
+    found = bars(results)
+    if not found:
+        return "No bars for these cases."
+    rows = [
+        [
+            _bench.title({name: entry[name] for name in ("L", "dtype", "kind")}),
+            entry["what"],
+            f"{entry['value']:.2f}",
+            f"{entry['bar']:.2f}",
+            "met" if entry["met"] else "MISSED",
+        ]
+        for entry in found
+    ]
+    return f"{format_table(['', 'bar', 'value', 'bar', ''], rows)}\n{sum(e['met'] for e in found)} of {len(found)} met"
+
+
+# --- picture ---
+
+
+def draw(results: Sequence[Result], facts: Mapping) -> "Figure":
+    """Microseconds a token over the length: a panel for each kind and dtype."""
+    import matplotlib.figure
+
+    kinds = [kind for kind in (FORWARD, BOTH, DECODE) if any(r.labels["kind"] == kind for r in results)]
+    dtypes = list(dict.fromkeys(result.labels["dtype"] for result in results))
+    size = (1.0 + 3.8 * len(kinds), 1.2 + 2.9 * len(dtypes))
+    figure = matplotlib.figure.Figure(figsize=size, dpi=110)
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.75 / size[1]))
+    figure.text(0.01, 1 - 0.1 / size[1], "The delta rule beside full attention", size=15, weight="bold", va="top")
+    said = f"median times; {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}"
+    figure.text(0.01, 1 - 0.43 / size[1], said, size=9, color="#777777", va="top")
+    panels = figure.subplots(len(dtypes), len(kinds), squeeze=False)
+    for axes, (dtype, kind) in zip(panels.flat, [(d, k) for d in dtypes for k in kinds], strict=True):
+        here = [r for r in results if (r.labels["dtype"], r.labels["kind"]) == (dtype, kind)]
+        for name, colour in zip((OURS, SDPA, HF, FLA), _tell.COLOURS[::2] + _tell.COLOURS[3:4], strict=True):
+            points = [
+                (
+                    r.labels["L"],
+                    1e6 * statistics.median(r.rows[name].seconds) / (1 if kind == DECODE else r.labels["L"]),
+                )
+                for r in here
+                if name in r.rows and r.rows[name].seconds
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=3)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(
+            f"{'a step of decoding' if kind == DECODE else kind}, {dtype}", loc="left", size=10, weight="bold"
+        )
+        axes.set_xlabel("tokens before" if kind == DECODE else "L, tokens", size=8)
+        axes.set_ylabel("µs a token", size=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What decay does within the chunks of `_delta_rule_chunks`: nothing, by head, or by channel of a head."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+_BLOCK = 16  # rows within which a decay per channel is measured
+_LEAST = -60.0  # log; exp of less is nothing beside 1, and −∞ − (−∞) would be NaN
+
+
+class Decay:
+    """Of the rows [Y, C, P] of chunks, G being the cumulative log decay; this one: there is none."""
+
+    whole: Tensor | None = None  # exp G_C, [Y, 1 or P, 1]
+
+    @staticmethod
+    def of(g: Tensor | None) -> "Decay":
+        """g: None, [Y, C], or [Y, C, P]."""
+        if g is None:
+            return Decay()
+        return _DecayOfHeads(g.unsqueeze(-1)) if g.dim() == 2 else _DecayOfChannels(g)
+
+    def since_start(self, rows: Tensor) -> Tensor:
+        """rows · exp G."""
+        return rows
+
+    def until_end(self, rows: Tensor) -> Tensor:
+        """rows · exp(G_C − G)."""
+        return rows
+
+    def multiply(self, left: Tensor, k: Tensor) -> Tensor:
+        """[Y, C, C]: Σ_p left_ip k_jp exp(G_ip − G_jp) for i ≥ j, else 0."""
+        return torch.bmm(left, k.mT).tril_()
+
+    def multiply_backward(self, grad: Tensor, left: Tensor, k: Tensor, grad_left: Tensor, grad_k: Tensor) -> None:
+        """Adds the gradients to left and k to the last two; grad is 0 for i < j, and is not kept."""
+        grad_left.baddbmm_(grad, k)
+        grad_k.baddbmm_(grad.mT, left)
+
+
+class _SomeDecay(Decay):
+    """Of g [Y, C, 1 or P]."""
+
+    def __init__(self, g: Tensor) -> None:
+        self._dtype, self._is_clamped = g.dtype, g < _LEAST
+        g = g.clamp(min=_LEAST)
+        # In float64: the difference of two large sums is what counts.
+        self._total = (g if g.device.type == "mps" else g.double()).cumsum(1)
+        self._since, self._until = self._exp(self._total), self._exp(self._total[:, -1:] - self._total)
+        self.whole = self._exp(self._total[:, -1:]).mT
+
+    def since_start(self, rows: Tensor) -> Tensor:
+        return rows * self._since
+
+    def until_end(self, rows: Tensor) -> Tensor:
+        return rows * self._until
+
+    def _exp(self, log: Tensor) -> Tensor:
+        return log.to(self._dtype).exp()
+
+    def backward(self, to_rows: Tensor, to_ends: Tensor, to_whole: Tensor) -> Tensor:
+        """The gradient to g: from those to G [Y, C, P], to G_C [Y, P], and to `whole`, [Y, 1 or P, 1]."""
+        to_total, to_ends = self._summed(to_rows), self._summed(to_ends)
+        to_total[:, -1] += to_ends + (self.whole * to_whole).squeeze(-1)
+        return to_total.flip(1).cumsum(1).flip(1).masked_fill_(self._is_clamped, 0.0)
+
+    def _summed(self, t: Tensor) -> Tensor:
+        """Over what one decay is for."""
+        return t
+
+
+class _DecayOfHeads(_SomeDecay):
+    @cached_property
+    def _between(self) -> Tensor:
+        """exp(G_i − G_j) for i ≥ j, else 0."""
+        log = (self._total - self._total.mT).to(self._dtype)
+        later = torch.full(log.shape[1:], -torch.inf, dtype=self._dtype, device=log.device).triu_(1)
+        return log.add_(later).exp_()
+
+    def multiply(self, left: Tensor, k: Tensor) -> Tensor:
+        return torch.bmm(left, k.mT).mul_(self._between)
+
+    def multiply_backward(self, grad: Tensor, left: Tensor, k: Tensor, grad_left: Tensor, grad_k: Tensor) -> None:
+        super().multiply_backward(grad.mul_(self._between), left, k, grad_left, grad_k)
+
+    def backward(self, to_rows: Tensor, to_ends: Tensor, to_whole: Tensor) -> Tensor:
+        return super().backward(to_rows, to_ends, to_whole).squeeze(-1)
+
+    def _summed(self, t: Tensor) -> Tensor:
+        return t.sum(-1, keepdim=True)
+
+
+class _DecayOfChannels(_SomeDecay):
+    """exp(G_i − G_j) is taken apart at the first row of i's block of 16, so that neither factor is above 1; within a
+    block it is formed for every pair."""
+
+    def multiply(self, left: Tensor, k: Tensor) -> Tensor:
+        products = left.new_zeros(*left.shape[:2], k.shape[1])
+        for here, since, until, within in self._blocks:
+            rows, before = left[:, here], slice(0, here.start)
+            products[:, here, before] = (rows * since) @ (k[:, before] * until).mT
+            products[:, here, here] = ((within * k[:, None, here]) @ rows.unsqueeze(-1)).squeeze(-1)
+        return products
+
+    def multiply_backward(self, grad: Tensor, left: Tensor, k: Tensor, grad_left: Tensor, grad_k: Tensor) -> None:
+        for here, since, until, within in self._blocks:
+            rows, before = left[:, here], slice(0, here.start)
+            above = grad[:, here, before]
+            pairs = grad[:, here, here].unsqueeze(-1) * within
+            grad_left[:, here] += (above @ (k[:, before] * until)) * since + (pairs * k[:, None, here]).sum(2)
+            grad_k[:, before] += (above.mT @ (rows * since)) * until
+            grad_k[:, here] += (pairs * rows.unsqueeze(2)).sum(1)
+
+    @cached_property
+    def _blocks(self) -> list[tuple[slice, Tensor, Tensor, Tensor]]:
+        """(rows, exp(G − G of the first), exp(G of the first − earlier G), exp(G_i − G_j) or 0 [Y, 16, 16, P])."""
+        later = torch.full((_BLOCK, _BLOCK, 1), -torch.inf, dtype=self._dtype, device=self._total.device)
+        later = later.squeeze(-1).triu_(1).unsqueeze(-1)
+        blocks = []
+        for first in range(0, self._total.shape[1], _BLOCK):
+            here, start = slice(first, first + _BLOCK), self._total[:, first : first + 1]
+            g = self._total[:, here]
+            within = (g.unsqueeze(2) - g.unsqueeze(1)).to(self._dtype).add_(later).exp_()
+            blocks.append((here, self._exp(g - start), self._exp(start - self._total[:, :first]), within))
+        return blocks
