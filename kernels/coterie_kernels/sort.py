@@ -38,7 +38,7 @@ def sort_slots(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     programs = min(triton.cdiv(num_slots, block), _MAX_PROGRAMS)
     run = triton.cdiv(triton.cdiv(num_slots, programs), block) * block
     programs = triton.cdiv(num_slots, run)
-    sizes = {"BLOCK": block, "EXPERTS": experts, "num_warps": 8 if experts > 256 else 4}
+    sizes = {"BLOCK": block, "EXPERTS": experts, "num_warps": 8 if experts > 64 else 4}
     partial = torch.empty(programs if programs > 1 else 0, num_experts, dtype=torch.int32, device=slots.device)
     if programs > 1:
         _count[(programs,)](slots, partial, num_slots, num_experts, run, **sizes)

@@ -190,11 +190,11 @@ def occupancy(target: str, registers: int, shared: int, columns: int, num_warps:
     return blocks * num_warps
 
 
-def faults(compiled: Compiled, launch: Launch, target: str, must_use_tensor_cores: bool) -> list[str]:
+def faults(compiled: Compiled, target: str, must_use_tensor_cores: bool) -> list[str]:
     """Sentences; none if all is well.
 
-    must_use_tensor_cores: unless it was called without a tensor and so has nothing to multiply. Below 64 rows Triton
-    takes the older mma.sync on sm_90 and sm_100, as no wider instruction is that low.
+    must_use_tensor_cores: below 64 rows Triton takes the older mma.sync on sm_90 and sm_100, as no wider instruction is
+    that low.
     """
     if compiled.error is not None:
         return [f"does not compile: {compiled.error}"]
@@ -210,14 +210,14 @@ def faults(compiled: Compiled, launch: Launch, target: str, must_use_tensor_core
     if compiled.traps:
         found.append(f"traps: with {compiled.registers} registers, its code may be nothing else")
     if must_use_tensor_cores:
-        found.extend(_misses_tensor_cores(compiled, launch, target))
+        found.extend(_misses_tensor_cores(compiled, target))
     return found
 
 
-def _misses_tensor_cores(compiled: Compiled, launch: Launch, target: str) -> list[str]:
+def _misses_tensor_cores(compiled: Compiled, target: str) -> list[str]:
     wanted = INSTRUCTIONS[target]
     if not compiled.dots:
-        return [] if None in launch.values.values() else ["multiplies nothing by tl.dot"]
+        return ["multiplies nothing by tl.dot"]
     if max(compiled.dots) < 64 and target in ("sm_90", "sm_100"):
         wanted = INSTRUCTIONS["sm_80"]
     return [] if compiled.instructions[wanted] else [f"has no {wanted}"]

@@ -50,7 +50,7 @@ class Compile:
         results = []
         with tqdm(total=len(jobs), desc=f"Triton {triton.__version__}", unit="kernel", disable=None) as progress:
             for job, compiled in _compiled(jobs, self.workers):
-                results.append(Result(job, compiled, faults(compiled, job.launch, job.target, job.multiplies)))
+                results.append(Result(job, compiled, faults(compiled, job.target, job.multiplies)))
                 progress.update()
         results.sort(key=lambda result: result.job.order)
         print(_table(results))
