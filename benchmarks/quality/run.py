@@ -6,6 +6,7 @@ Models of 4 layers and width 64 that differ in their mixers alone are trained on
 every learning rate with one seed, then with more seeds at the rate with the least loss. Runs share out the cores.
 """
 
+import math
 import os
 import statistics
 import sys
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -160,10 +162,7 @@ def train(run: Run) -> Run:
     model = Model(task.vocab_size, MIXERS[run.mixer])
     generator = torch.Generator().manual_seed(run.seed)
     optimizer = torch.optim.AdamW(model.parameters(), run.learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
-    warm_up = max(run.steps // 10, 1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, run.learning_rate, total_steps=run.steps, pct_start=warm_up / run.steps
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=run.steps))
     for step in range(run.steps):
         loss, _ = _score(model, task, _BATCH, task.length, generator)
         optimizer.zero_grad()
@@ -181,6 +180,12 @@ def train(run: Run) -> Run:
         loss=next(iter(tested.values()))[0],
         seconds=time.monotonic() - start,
     )
+
+
+def _rate(step: int, *, steps: int) -> float:
+    """A tenth of the steps up, then half a cosine down to a tenth."""
+    warm_up = steps / 10
+    return min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
 def _score(model: Model, task: Task, batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
