@@ -1,8 +1,10 @@
-"""RMSNorm (Zhang and Sennrich, arXiv:1910.07467)."""
+"""Norms of vectors: RMSNorm (Zhang and Sennrich, arXiv:1910.07467), and length 1."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from coterie.modules._wide import wide
 
 # Numbers for which calls cost more than arithmetic.
 _FEW = 4096
@@ -51,3 +53,9 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}"
+
+
+def unit_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(Σ x² + eps) over the last dimension, [.., P] → [.., P] in x's dtype, worked out in float32 or better."""
+    y = wide(x)
+    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
