@@ -1,6 +1,6 @@
 """Linear attention: a state of one size, whatever the length, in place of all keys and values; and its cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -244,27 +244,14 @@ class LinearAttention(nn.Module):
         if cache_layer is not None:
             state, tail = cache_layer.read(len(x))
 
-        parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.conv_weight is not None:
-            y, tail = short_conv(
-                torch.cat(parts, -1), self.conv_weight.squeeze(1), activation="silu", initial_state=tail, **where
-            )
-            parts = y.split([part.shape[-1] for part in parts], dim=-1)
-        batch, length, _ = x.shape
-        q = parts[0].view(batch, length, self.num_key_heads, self.head_dim)
-        k = parts[1].reshape(batch, length * self.num_edits, self.num_key_heads, self.head_dim)
-        v = parts[2].reshape(batch, length * self.num_edits, self.num_heads, self.value_dim)
-
+        q, k, v, tail = self._project(x, tail, where)
         if self.qk_norm:
             q, k = unit_norm(q), unit_norm(k)
         if rule.features is not None:
             q, k = rule.features(q), rule.features(k)
 
         g, steps = (None, None) if self.decay is None else self.decay(x)
-        beta = None
-        if self.beta_proj is not None:
-            beta = wide(self.beta_proj(x)).sigmoid().reshape(batch, length * self.num_edits, self.num_heads)
-            beta = 2 * beta if self.allow_negative_eigenvalues else beta
+        beta = None if self.beta_proj is None else self._beta(x)
 
         written = v * steps.unsqueeze(-1).to(v.dtype) if rule.steps else v
         settings = {"beta": beta, "scale": rule.scale, "initial_state": state, **where}
@@ -281,6 +268,26 @@ class LinearAttention(nn.Module):
         if self.gate_proj is not None:
             y = y * rule.gate(self.gate_proj(x)).view_as(y)
         return self.o_proj(y.flatten(2))
+
+    def _project(self, x: Tensor, tail: Tensor | None, where: dict[str, Tensor | None]) -> Sequence[Tensor | None]:
+        """q [B, L, H', P], k [B, L·edits, H', P], v [B, L·edits, H, V], and the tail after x."""
+        parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.conv_weight is not None:
+            y, tail = short_conv(
+                torch.cat(parts, -1), self.conv_weight.squeeze(1), activation="silu", initial_state=tail, **where
+            )
+            parts = y.split([part.shape[-1] for part in parts], dim=-1)
+        batch, length, _ = x.shape
+        q = parts[0].reshape(batch, length, self.num_key_heads, self.head_dim)
+        k = parts[1].reshape(batch, length * self.num_edits, self.num_key_heads, self.head_dim)
+        v = parts[2].reshape(batch, length * self.num_edits, self.num_heads, self.value_dim)
+        return q, k, v, tail
+
+    def _beta(self, x: Tensor) -> Tensor:
+        """[B, L·edits, H] in float32 or better."""
+        batch, length, _ = x.shape
+        beta = wide(self.beta_proj(x)).sigmoid().reshape(batch, length * self.num_edits, self.num_heads)
+        return 2 * beta if self.allow_negative_eigenvalues else beta
 
     def extra_repr(self) -> str:
         return f"rule={self.rule!r}, heads={self.num_heads}, head_dim={self.head_dim}, value_dim={self.value_dim}"
