@@ -168,21 +168,25 @@ class _WithoutData(TorchDispatchMode):
     """Answers, for tensors without data, what linear attention asks of them.
 
     A decay is not above 0, for `delta_rule` checks that. And how many states it keeps for backward is its own affair,
-    said in no shape: it is run on heads of width 1 for it.
+    said in no shape: it is run on heads of width 1 for it, once for all layers alike.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[tuple, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return False
         if func is torch.ops.coterie.delta_rule.default:
-            q, k, v, g, erase, beta, states, _, scale, chunk = args
-            with unset_fake_temporarily():
-                narrow = [
-                    None if t is None else torch.zeros(*t.shape[:2], *(1 for _ in t.shape[2:]))
-                    for t in (q, k, v, g, erase, beta)
-                ]
-                state, ends = torch.zeros(1, states.shape[1], 1, 1), torch.tensor([[0, len(q)]])
-                kept = len(func(*narrow, state, ends, scale, chunk)[2])
+            *inputs, states, _, scale, chunk = args
+            shapes = tuple(None if t is None else (*t.shape[:2], *(1 for _ in t.shape[2:])) for t in inputs)
+            if shapes not in self._kept:
+                with unset_fake_temporarily():
+                    narrow = [None if shape is None else torch.zeros(shape) for shape in shapes]
+                    state, ends = torch.zeros(1, states.shape[1], 1, 1), torch.tensor([[0, shapes[0][0]]])
+                    self._kept[shapes] = len(func(*narrow, state, ends, scale, chunk)[2])
+            v, kept = inputs[2], self._kept[shapes]
             return v.new_empty(v.shape), states.new_empty(states.shape), states.new_empty(kept, *states.shape[1:])
         return func(*args, **(kwargs or {}))
 
