@@ -354,6 +354,21 @@ def test_an_export_that_is_not_verified_is_one_line_and_exit_code_1(compared, tm
     assert os.listdir(tmp_path) == []
 
 
+def test_a_hybrid_trains_generates_and_says_what_cannot_be_exported(inputs, tmp_path, capsys):
+    out = tmp_path / "run"
+    data = ["--data", f"{inputs}/text.txt"]
+    assert main(["train", "--preset", "tiny-hybrid", *data, "--out", str(out), *TINY_RUN]) == 0
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert all(0 < line["loss"] < 20 for line in log if "loss" in line)
+    capsys.readouterr()
+    assert main(["generate", str(out), "--prompt", "the ", "--max-new-tokens", "5", "--temperature", "0"]) == 0
+    assert Transformer.from_pretrained(out).config.mixers == preset("tiny-hybrid").mixers
+    for form in ("onnx", "gguf"):
+        assert main(["export", str(out), "--format", form, "--out", str(tmp_path / form)]) == 2
+        assert re.search("equivalent of this model.* mixers = .*linear_attention", capsys.readouterr().err)
+        assert not (tmp_path / form).exists()
+
+
 def test_inspect_a_preset(capsys):
     assert main(["inspect", "tiny", "--length", "100"]) == 0
     printed = capsys.readouterr().out
@@ -407,7 +422,11 @@ def test_inspect_a_run_shows_all_its_models(compared, capsys):
             "generate",
             "coterie generate: missing from coterie generate: RUN --prompt TEXT (see coterie generate --help)",
         ),
-        ("train --preset huge", "coterie train: --preset huge: must be tiny, nano, mini, or the path of a config.json"),
+        (
+            "train --preset huge",
+            "coterie train: --preset huge: must be tiny, nano, mini, tiny-hybrid, mini-hybrid, or the path of a "
+            "config.json",
+        ),
         ("train --preset no.json", "coterie train: no file no.json"),
         ("train --data nowhere.txt", "coterie train: no text file or folder at {cwd}/nowhere.txt"),
         ("train --steps 0", "coterie train: steps: got 0, must be at least 1"),
@@ -416,7 +435,10 @@ def test_inspect_a_run_shows_all_its_models(compared, capsys):
             "coterie generate: no folder of a run at nowhere",
         ),
         ("generate . --prompt a", "coterie generate: . holds no model yet: no config.json in it or in a folder of it"),
-        ("inspect nowhere", "coterie inspect: nowhere is neither a preset (tiny, nano, mini) nor the folder of a run"),
+        (
+            "inspect nowhere",
+            "coterie inspect: nowhere is neither a preset (tiny, nano, mini, tiny-hybrid, mini-hybrid) nor ",
+        ),
         (
             f"generate . --prompt a --max-new-tokens {10**24}",
             f"coterie generate: error parsing --max-new-tokens: got '{10**24}', must be a whole number below 2**63 "

@@ -1,5 +1,6 @@
 """transformers' checkpoints in coterie's Transformer: its logits, gradients and tokens; files come back equal."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -58,6 +59,16 @@ DEEPSEEK = {
     "v_head_dim": 7,
     "rms_norm_eps": 1e-2,  # which the norms within the attention do not have
 }
+QWEN_NEXT = {
+    **QWEN_MOE,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "shared_expert_intermediate_size": 20,
+    "linear_num_value_heads": 6,
+    "linear_num_key_heads": 3,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 7,
+}
 # name: (model type, settings); every option of a family's table stands in one of them.
 CHECKPOINTS = {
     "llama": ("llama", {"intermediate_size": 40}),
@@ -113,6 +124,21 @@ CHECKPOINTS = {
     ),
     # hidden_size = 2 · moe_intermediate_size = heads · head_dim: every matrix is square.
     "qwen3_moe, square": ("qwen3_moe", {**QWEN_MOE, "moe_intermediate_size": 16, "head_dim": 8, "num_experts": 32}),
+    "qwen3_next": ("qwen3_next", QWEN_NEXT),
+    "qwen3_next, another pattern": (
+        "qwen3_next",
+        {
+            **QWEN_NEXT,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"],
+            "mlp_only_layers": [1],
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "linear_num_key_heads": 6,
+            "linear_conv_kernel_dim": 2,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5},
+        },
+    ),
     "glm4_moe": ("glm4_moe", GLM),
     "glm4_moe, groups": (
         "glm4_moe",
@@ -165,7 +191,7 @@ CHECKPOINTS = {
     ),
 }
 GENERATED = ["llama", "qwen3_moe", "granitemoe", "glm4_moe, groups"]
-GENERATED += [name for name in CHECKPOINTS if name.startswith("deepseek_v3")]
+GENERATED += [name for name in CHECKPOINTS if name.startswith(("deepseek_v3", "qwen3_next"))]
 
 
 def make_model(name, dtype=torch.float32, **settings):
@@ -175,7 +201,11 @@ def make_model(name, dtype=torch.float32, **settings):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if "norm" in name or name.endswith("bias"):
+            if name.endswith("dt_bias"):
+                # Decays as Mamba-2 begins, e^-1.6 and more a token. Where transformers begins, down to e^-20, the
+                # gradient of A_log is nearly 0 and has three or four digits in float32, there and here.
+                tensor.copy_(torch.expm1(10 ** (2 * torch.rand_like(tensor) - 3)).log())
+            elif "norm" in name or name.endswith("bias"):
                 tensor.add_(0.2 * torch.randn_like(tensor))
             elif name.endswith("gate.weight") or "router" in name:
                 tensor.normal_(std=0.5)
@@ -188,6 +218,15 @@ def make_model(name, dtype=torch.float32, **settings):
 def load_eager(path):
     settings = {"attn_implementation": "eager", "experts_implementation": "eager"}
     return AutoModelForCausalLM.from_pretrained(path, **settings).eval()
+
+
+@pytest.fixture(autouse=True)
+def _torch_for_gated_delta(monkeypatch):
+    """transformers' own code in torch: with flash-linear-attention installed it would call that one's kernels."""
+    from transformers.models.qwen3_next import modeling_qwen3_next as qwen
+
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+        monkeypatch.setattr(qwen, name, inspect.unwrap(getattr(qwen, name)))
 
 
 @pytest.fixture
@@ -221,8 +260,9 @@ def test_logits_and_gradients(name, ids, saved):
     family = FAMILIES[theirs.config.model_type]
     right = {key: p.grad for key, p in theirs.named_parameters()}
     right = transformers.core_model_loading.revert_weight_conversion(theirs, right)
-    for key, place in _places(dict(ours.named_parameters()), family.weights):
-        gradient = ours.get_parameter(place.name).grad[place.index]
+    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    for key, place in _places(gradients, ours.config, family.weights, family.linear_weights):
+        gradient = place.of(gradients)
         if right[key].norm() > 1e-4:  # an expert that got no token
             assert relative_error(gradient, right[key]) < 5e-5, key
         else:
@@ -256,11 +296,12 @@ def test_a_model_in_memory_is_copied(name, ids):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_files_come_back_bit_for_bit(name, saved, tmp_path, ids):
-    theirs, path = saved(name)
+    _, path = saved(name)
     to_hf(from_hf(path), tmp_path / "again")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / file).read_bytes() == (path / file).read_bytes(), file
-    assert torch.equal(load_eager(tmp_path / "again")(ids).logits, theirs(ids).logits)
+    # From files as ours are: where weights begin in memory may decide how they are multiplied.
+    assert torch.equal(load_eager(tmp_path / "again")(ids).logits, load_eager(path)(ids).logits)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -272,7 +313,7 @@ def test_a_model_without_a_source_finds_its_family(name, saved, tmp_path, ids):
     again = load_eager(tmp_path / "again")
     # Where two families say the same (olmoe and others do not), either is right.
     assert again.config.model_type == theirs.config.model_type
-    assert torch.equal(again(ids).logits, theirs(ids).logits)
+    assert torch.equal(again(ids).logits, load_eager(path)(ids).logits)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "granitemoe"])
@@ -380,6 +421,8 @@ print(peak("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
         ("mixtral", {"sliding_window": 8}, "mixtral's sliding_window = 8"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "qwen3's sliding_window = 8"),
         ("olmoe", {"clip_qkv": 3.0}, "olmoe's clip_qkv = 3.0"),
+        ("qwen3_next", {"hidden_act": "gelu"}, "qwen3_next's hidden_act = 'gelu'"),
+        ("qwen3_next", {"layer_types": ["sliding_attention"] * 4}, "layer_types = 'sliding_attention'"),
         ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}, "qwen3_moe has no sparse layer"),
     ],
 )
@@ -398,6 +441,13 @@ def test_families_without_an_equivalent_are_named(tmp_path):
 
 DENSE = {"vocab_size": 60, "dim": 32, "num_layers": 2, "num_heads": 4, "feed_forwards": ("mlp",), "hidden_dim": 24}
 SPARSE = {**DENSE, "feed_forwards": ("moe",), "num_experts": 8, "top_k": 2, "expert_hidden_dim": 12}
+HYBRID = {
+    **SPARSE,
+    "mixers": ("attention", "linear_attention"),
+    "qk_norm": "head",
+    "attention_output_gate": True,
+    "norm_zero_centered": True,
+}
 LATENT = {**SPARSE, "mixers": ("latent_attention",), "kv_rank": 6, "rotary_dim": 4}
 
 
@@ -414,6 +464,17 @@ LATENT = {**SPARSE, "mixers": ("latent_attention",), "kv_rank": 6, "rotary_dim":
         (DENSE, "gpt2", "no table for the model type 'gpt2'"),
         (SPARSE, "deepseek_v3", r"mixers = \('attention',\) \(there it is \('latent_attention',\)\)"),
         (LATENT, "glm4_moe", r"mixers = \('latent_attention',\) .*kv_rank = 6 \(there it is 0\)"),
+        ({**HYBRID, "activation": "geglu"}, None, r"qwen3_next, .* activation = 'geglu' \(there it is one of swiglu\)"),
+        ({**HYBRID, "linear_rule": "kda"}, None, r"qwen3_next, .* linear_rule = 'kda' \(there it is 'gated_delta'\)"),
+        ({**HYBRID, "linear_negative_eigenvalues": True}, None, "linear_negative_eigenvalues = True"),
+        ({**HYBRID, "linear_conv": 0}, None, r"linear_conv = 0 \(there it is positive\)"),
+        ({**HYBRID, "norm_zero_centered": False}, "qwen3_next", "norm_zero_centered = False"),
+        ({**HYBRID, "attention_output_gate": False}, "qwen3_moe", r"mixers = .*'linear_attention'.*norm_zero_centered"),
+        (
+            {**HYBRID, "mixers": ("attention", "latent_attention"), "kv_rank": 6, "rotary_dim": 4},
+            "qwen3_next",
+            r"mixers = .* \(there they are of 'attention', 'linear_attention'\)",
+        ),
         ({**DENSE, "rotary_interleaved": True}, None, r"rotary_interleaved = True \(there it is False\)"),
     ],
 )
@@ -427,6 +488,19 @@ def test_a_model_without_an_equivalent_is_refused_by_name(config, family, messag
     ("config", "family"),
     [
         ({**SPARSE, "router_normalize": False}, "qwen2_moe"),  # without a shared expert
+        (HYBRID, "qwen3_next"),
+        (
+            {
+                **HYBRID,
+                "linear_num_heads": 6,
+                "linear_num_key_heads": 2,
+                "linear_value_dim": 5,
+                "shared_hidden_dim": 10,
+                "shared_gate": True,
+                "rotary_dim": 4,
+            },
+            "qwen3_next",
+        ),
         ({**SPARSE, "head_dim": 44, "rotary_dim": 30, "router_score": "sigmoid", "selection_bias": True}, "glm4_moe"),
     ],
 )
@@ -452,6 +526,7 @@ def _edited(path, edit):
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
+QKVZ = "model.layers.1.linear_attn.in_proj_qkvz.weight"
 GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
 
 
@@ -479,6 +554,24 @@ def test_weights_that_do_not_fit_are_named(edit, message, saved):
         from_hf(path)
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(QKVZ), f"{QKVZ} is missing"),
+        (
+            lambda t: t.update({QKVZ: t[QKVZ][:-1].contiguous()}),
+            rf"{QKVZ} has the shape \[143, 32\], the config makes it",
+        ),
+        (lambda t: t.update({"model.layers.1.self_attn.q_proj.weight": t[QKVZ] + 0}), "q_proj.weight has no place"),
+    ],
+)
+def test_fused_weights_that_do_not_fit_are_named(edit, message, saved):
+    _, path = saved("qwen3_next")
+    _edited(path, edit)
+    with pytest.raises(ValueError, match=message):
+        from_hf(path)
+
+
 def test_a_tied_head_may_be_there_if_it_is_the_embedding(saved, ids):
     theirs, path = saved("qwen2_moe, dense layer")
     embedding = "model.embed_tokens.weight"
@@ -494,6 +587,39 @@ def test_layers_of_multi_token_prediction_are_told_not_read(saved):
     _edited(path, lambda t: t.update({"model.layers.3.eh_proj.weight": torch.zeros(3)}))
     with pytest.warns(UserWarning, match=r"1 weights of layers past the last, model.layers.3.eh_proj.weight"):
         from_hf(path)
+    _, path = saved("qwen3_next")
+    _edited(path, lambda t: t.update({"mtp.fc.weight": torch.zeros(3)}))
+    with pytest.warns(UserWarning, match=r"1 weights of layers past the last, mtp.fc.weight"):
+        from_hf(path)
+
+
+def test_the_fused_rows_of_key_heads_are_told_apart(saved, ids):
+    """By transformers' own reading of them; every other order gives other logits."""
+    theirs, path = saved("qwen3_next")
+    ours = from_hf(path)
+    x = torch.randn(1, 5, 32)
+    for index in (0, 1, 2):
+        layer, mixer = theirs.model.layers[index].linear_attn, ours.layers[index].mixer
+        parts = layer.fix_query_key_value_ordering(layer.in_proj_qkvz(x), layer.in_proj_ba(x))
+        projections = mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gate_proj, mixer.beta_proj, mixer.decay.proj
+        for part, projection in zip(parts, projections, strict=True):
+            torch.testing.assert_close(projection(x), part.flatten(2))
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_next, another pattern"])
+@torch.no_grad()
+def test_a_hybrid_continues_from_its_states_as_theirs_does(name, ids):
+    """Logits of every step, not tokens alone: prefill in two pieces, then one by one, with padding on the left."""
+    theirs = make_model(name)
+    ours = from_hf(theirs)
+    token_mask = torch.arange(17) >= torch.tensor([[0], [3], [8]])
+    wanted = theirs(ids, attention_mask=token_mask.long()).logits
+    cache, start = ours.new_cache(3, 17), 0
+    for length in (9, 4, 1, 1, 1, 1):
+        at = slice(start, start + length)
+        got = ours(ids[:, at], token_mask=token_mask[:, at], cache=cache).logits
+        assert relative_error(got[token_mask[:, at]], wanted[:, at][token_mask[:, at]]) < 1e-5
+        start += length
 
 
 def test_damaged_and_foreign_folders_are_told(saved, tmp_path):

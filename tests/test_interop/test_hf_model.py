@@ -44,6 +44,9 @@ CONFIG = coterie.TransformerConfig(
     init_std=0.1,
 )
 
+HYBRID = replace(CONFIG, mixers=("linear_attention", "linear_attention", "linear_attention", "attention"))
+HYBRIDS = [HYBRID, replace(HYBRID, linear_rule="kda", linear_conv=0), replace(HYBRID, linear_conv=1)]
+
 
 @pytest.fixture(autouse=True)
 def _registered():
@@ -272,21 +275,40 @@ def test_reentrant_checkpointing_and_caches_that_do_not_grow_are_refused():
         model(make_ids(1, 5), past_key_values=StaticCache(config=model.config, max_cache_len=8))
 
 
+def test_linear_attention_alone_has_no_cache_there():
+    plain, model = make_pair(replace(CONFIG, mixers=("linear_attention",), num_kv_heads=None, qk_norm=None))
+    ids = make_ids(1, 5)
+    with torch.no_grad():
+        assert model(ids).past_key_values is None
+    with pytest.raises(ValueError, match="use_cache must be False where all mixers are 'linear_attention'"):
+        model(ids, use_cache=True)
+    wanted = coterie.generate(plain, ids, 8)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False), wanted)
+
+
+def test_a_hybrids_cache_carries_no_gradients():
+    _, model = make_pair(HYBRID)
+    with pytest.raises(ValueError, match="no gradients"):
+        model(make_ids(1, 5), use_cache=True)
+
+
 # --- generation ---
 
 
+@pytest.mark.parametrize("config", [CONFIG, *HYBRIDS], ids=["attention", "hybrid", "no convolution", "conv of 1"])
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("lengths", [(6, 6), (6, 2, 4)])
-def test_greedy_tokens_are_those_of_generate(use_cache, lengths):
-    plain, model = make_pair()
+def test_greedy_tokens_are_those_of_generate(config, use_cache, lengths):
+    plain, model = make_pair(config)
     ids, mask = make_ids(len(lengths), 6), left_padding(*lengths)
     wanted = coterie.generate(plain, ids, 12, token_mask=mask.bool(), use_cache=use_cache)
     got = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, use_cache=use_cache)
     assert torch.equal(got, wanted)
 
 
-def test_beams_are_the_same_with_and_without_a_cache():
-    _, model = make_pair()
+@pytest.mark.parametrize("config", [CONFIG, HYBRID], ids=["attention", "hybrid"])
+def test_beams_are_the_same_with_and_without_a_cache(config):
+    _, model = make_pair(config)
     ids, mask = make_ids(2, 6), left_padding(6, 3)
     settings = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 8, "do_sample": False}
     settings |= {"return_dict_in_generate": True, "output_scores": True}
@@ -324,9 +346,10 @@ def test_assisted_generation_and_continuing_a_cache_are_greedy_too():
     assert torch.equal(rest.sequences, wanted)
 
 
+@pytest.mark.parametrize("config", [CONFIG, *HYBRIDS], ids=["attention", "hybrid", "no convolution", "conv of 1"])
 @torch.no_grad()
-def test_a_forward_in_pieces_is_the_whole():
-    _, model = make_pair()
+def test_a_forward_in_pieces_is_the_whole(config):
+    _, model = make_pair(config)
     ids, mask = make_ids(2, 9), left_padding(9, 4)
     whole = model(ids, attention_mask=mask, use_cache=False)
     assert whole.past_key_values is None

@@ -157,6 +157,9 @@ def test_wrong_arguments_and_missing_packages_are_named(tmp_path, monkeypatch):
     model = make_model("scores after the choice, multipliers")
     with pytest.raises(IsADirectoryError, match="path must be a file"):
         to_onnx(model, tmp_path)
+    hybrid = TransformerConfig(**{**vars(model.config), "mixers": ("linear_attention",), "num_kv_heads": None})
+    with pytest.raises(ValueError, match=r"ONNX has no equivalent of this model's mixers = \('linear_attention',\)"):
+        to_onnx(Transformer(hybrid), tmp_path / "model.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"onnxruntime is needed: pip install 'coterie\[export\]'"):
         to_onnx(model, tmp_path / "model.onnx")

@@ -11,18 +11,23 @@ def _seed():
 
 @pytest.fixture
 def small_config() -> TransformerConfig:
-    """Two layers of every kind there is, at widths that differ from one another."""
+    """Two layers of every mixer there is, at widths that differ from one another."""
     return TransformerConfig(
         vocab_size=50,
         dim=24,
-        num_layers=4,
+        num_layers=6,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
-        mixers=("attention", "attention", "latent_attention", "latent_attention"),
+        mixers=tuple(name for name in ("attention", "latent_attention", "linear_attention") for _ in range(2)),
         kv_rank=6,
         query_rank=7,
         value_dim=5,
+        linear_num_heads=6,
+        linear_num_key_heads=3,
+        linear_head_dim=9,
+        linear_value_dim=5,
+        linear_conv=3,
         rotary_dim=4,
         rotary_interleaved=True,
         feed_forwards=("mlp", "moe"),

@@ -3,9 +3,10 @@ import math
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
+import torch
 
 from coterie.models import Transformer, TransformerConfig
-from coterie.modules import Attention, LatentAttention
+from coterie.modules import Attention, LatentAttention, LinearAttention
 
 DENSE = {
     "vocab_size": 50,
@@ -44,6 +45,53 @@ def test_patterns_are_repeated_up_the_layers():
     config = TransformerConfig(**{**SPARSE, **LATENT, "mixers": ("attention", "latent_attention"), "num_kv_heads": 2})
     model = Transformer(config, device="meta")
     assert [type(layer.mixer) for layer in model.layers] == [Attention, LatentAttention] * 3
+    config = TransformerConfig(**{**SPARSE, "mixers": ("linear_attention", "linear_attention", "attention")})
+    model = Transformer(config, device="meta")
+    assert [type(layer.mixer) for layer in model.layers] == [LinearAttention, LinearAttention, Attention] * 2
+
+
+def test_linear_attention_has_the_configs_settings():
+    config = TransformerConfig(
+        **DENSE,
+        mixers=("linear_attention",),
+        linear_rule="delta_product",
+        linear_num_heads=6,
+        linear_num_key_heads=3,
+        linear_head_dim=10,
+        linear_value_dim=5,
+        linear_conv=2,
+        linear_num_edits=3,
+        linear_negative_eigenvalues=True,
+        norm_eps=1e-3,
+    )
+    mixer = Transformer(config, device="meta").layers[5].mixer
+    assert (mixer.rule, mixer.num_heads, mixer.num_key_heads) == ("delta_product", 6, 3)
+    assert (mixer.head_dim, mixer.value_dim, mixer.num_edits) == (10, 5, 3)
+    assert mixer.conv_weight.shape == (3 * 10 + 3 * (3 * 10 + 6 * 5), 1, 2)
+    assert mixer.allow_negative_eigenvalues
+    assert mixer.norm.eps == 1e-3
+    plain = TransformerConfig(**{**DENSE, "head_dim": 10}, mixers=("linear_attention",), linear_conv=0)
+    mixer = Transformer(plain, device="meta").layers[0].mixer
+    assert (mixer.rule, mixer.num_heads, mixer.num_key_heads) == ("gated_delta", 4, 4)
+    assert (mixer.head_dim, mixer.value_dim, mixer.conv_weight) == (10, 10, None)
+
+
+def test_zero_centered_norms_are_all_but_linear_attentions_output():
+    config = TransformerConfig(
+        **{**DENSE, "num_layers": 2}, mixers=("linear_attention", "attention"), qk_norm="head", norm_zero_centered=True
+    )
+    model = Transformer(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == (name == "layers.0.mixer.norm.weight")).all(), name
+    twin = Transformer(replace(config, norm_zero_centered=False))
+    state = model.state_dict()
+    for name in state:
+        if "norm" in name and name != "layers.0.mixer.norm.weight":
+            state[name] = state[name] + 1
+    twin.load_state_dict(state)
+    ids = torch.randint(50, (2, 9))
+    torch.testing.assert_close(twin(ids).logits, model(ids).logits)
 
 
 def test_whole_numbers_do_for_floats_and_the_config_is_frozen():
@@ -68,7 +116,11 @@ def test_whole_numbers_do_for_floats_and_the_config_is_frozen():
         ({"feed_forwards": ("dense",)}, ValueError, "feed_forwards must be of 'mlp', 'moe', got 'dense'"),
         ({"feed_forwards": ()}, ValueError, "feed_forwards .* got 0"),
         ({"mixers": ("attention",) * 4}, ValueError, "mixers .* divide num_layers = 6, got 4"),
-        ({"mixers": ("mamba",)}, ValueError, "mixers must be of 'attention', 'latent_attention', got 'mamba'"),
+        (
+            {"mixers": ("mamba",)},
+            ValueError,
+            "mixers must be of 'attention', 'latent_attention', 'linear_attention', got 'mamba'",
+        ),
         ({**LATENT, "kv_rank": 0}, ValueError, "kv_rank must be positive, got 0"),
         ({"kv_rank": -1}, ValueError, "kv_rank must not be negative, got -1"),
         ({**LATENT, "query_rank": 0}, ValueError, "query_rank must be positive, got 0"),
@@ -78,6 +130,21 @@ def test_whole_numbers_do_for_floats_and_the_config_is_frozen():
         ({**LATENT, "rotary_dim": 3}, ValueError, "rotary_dim must be even .* got 3"),
         ({**LATENT, "num_kv_heads": 2}, ValueError, "num_kv_heads must be None or num_heads = 4 .* got 2"),
         ({**LATENT, "qk_norm": "head"}, ValueError, "qk_norm must be None .* got 'head'"),
+        ({"linear_rule": "mamba"}, ValueError, "linear_rule must be one of 'linear', 'retention', .* got 'mamba'"),
+        ({"linear_num_heads": 0}, ValueError, "linear_num_heads must be positive, got 0"),
+        ({"linear_num_key_heads": 3}, ValueError, "linear_num_key_heads must divide the 4 heads .* got 3"),
+        ({"linear_num_heads": 6, "linear_num_key_heads": 4}, ValueError, "divide the 6 heads .* got 4"),
+        ({"linear_head_dim": 0}, ValueError, "linear_head_dim must be positive, got 0"),
+        ({"linear_value_dim": -2}, ValueError, "linear_value_dim must be positive, got -2"),
+        ({"linear_conv": -1}, ValueError, "linear_conv must not be negative, got -1"),
+        ({"linear_num_edits": 2}, ValueError, "linear_num_edits must be None unless .* 'delta_product', got 2"),
+        (
+            {"linear_rule": "gla", "linear_negative_eigenvalues": True},
+            ValueError,
+            "linear_negative_eigenvalues needs a linear_rule that erases, 'delta', .* got 'gla'",
+        ),
+        ({"mixers": ("linear_attention",), "num_kv_heads": 2}, ValueError, "num_kv_heads must be None .* got 2"),
+        ({**LATENT, "attention_output_gate": True}, ValueError, "attention_output_gate must be False .* got True"),
         ({"num_kv_heads": 3}, ValueError, "num_kv_heads must divide num_heads = 4, got 3"),
         ({"num_heads": 5}, ValueError, "num_heads must divide dim = 32"),
         ({"head_dim": 7}, ValueError, "head_dim must be even .* got 7"),

@@ -29,6 +29,8 @@ def _feed_forward_parameters(config: TransformerConfig) -> tuple[int, int]:
         ("tiny", (1e6, 12e6), (0.3e6, 3e6)),
         ("nano", (30e6, 60e6), (10e6, 30e6)),
         ("mini", (0.95e9, 1.05e9), (140e6, 160e6)),
+        ("tiny-hybrid", (1e6, 12e6), (0.3e6, 3e6)),
+        ("mini-hybrid", (0.95e9, 1.05e9), (140e6, 180e6)),
     ],
 )
 def test_parameters(name, total, active):
@@ -42,8 +44,15 @@ def test_tiny_reads_bytes():
     assert PRESETS["tiny"].max_length == 256
 
 
+@pytest.mark.parametrize("name", ["tiny", "mini"])
+def test_a_hybrid_differs_in_its_mixers_alone(name):
+    hybrid = preset(f"{name}-hybrid")
+    assert hybrid.mixers == ("linear_attention",) * 3 + ("attention",)
+    assert replace(hybrid, mixers=("attention",)) == preset(name)
+
+
 def test_an_unknown_preset_is_named_with_the_known():
-    with pytest.raises(ValueError, match="'tiny', 'nano', 'mini', got 'huge'"):
+    with pytest.raises(ValueError, match="'tiny', 'nano', 'mini', 'tiny-hybrid', 'mini-hybrid', got 'huge'"):
         preset("huge")
 
 
@@ -51,7 +60,7 @@ def test_an_unknown_preset_is_named_with_the_known():
 @pytest.mark.parametrize("shared", [0, 64])
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 def test_dense_twin_has_equal_feed_forwards(name, shared, activation):
-    config = replace(preset(name), num_layers=2, shared_hidden_dim=shared, activation=activation)
+    config = replace(preset(name), num_layers=4, shared_hidden_dim=shared, activation=activation)
     total, active = _feed_forward_parameters(config)
     router = config.num_layers * config.num_experts * config.dim
     # Parameters of a feed-forward are its multiplications a token: equal active FLOPs is equal active parameters.

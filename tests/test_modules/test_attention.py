@@ -57,6 +57,38 @@ def _rotary(*shape):
     return RotaryEmbedding(8)(torch.arange(shape[-1]))
 
 
+@pytest.mark.parametrize("qk_norm", [None, "head", "all"])
+def test_output_gate_weighs_what_every_head_reads(qk_norm):
+    gated = _layer(output_gate=True, qk_norm=qk_norm, qkv_bias=True)
+    torch.nn.init.normal_(gated.q_proj.bias)
+    plain = _layer(qk_norm=qk_norm, qkv_bias=True)
+    plain.o_proj = torch.nn.Identity()
+    state, gate = gated.state_dict(), {}
+    for part in ("weight", "bias"):
+        rows = state[f"q_proj.{part}"].unflatten(0, (4, 2, 8))  # of every head, queries and then gates
+        state[f"q_proj.{part}"], gate[part] = rows[:, 0].flatten(0, 1), rows[:, 1].flatten(0, 1)
+    plain.load_state_dict(state, strict=False)
+    x = torch.randn(2, 9, 24)
+    token_mask = torch.rand(2, 9) < 0.8
+    heads = plain(x, _rotary(9), token_mask=token_mask)
+    kept = x.masked_fill(~token_mask.unsqueeze(-1), 0)
+    wanted = gated.o_proj(heads * (kept @ gate["weight"].T + gate["bias"]).sigmoid())
+    torch.testing.assert_close(gated(x, _rotary(9), token_mask=token_mask), wanted, rtol=1e-5, atol=1e-6)
+    cos, sin = _rotary(9)
+    with torch.no_grad():
+        cache = gated.new_cache(2, 9)
+        steps = [
+            gated(
+                x[:, i : i + 1],
+                (cos[i : i + 1], sin[i : i + 1]),
+                token_mask=token_mask[:, i : i + 1],
+                cache_layer=cache,
+            )
+            for i in range(9)
+        ]
+    torch.testing.assert_close(torch.cat(steps, 1), wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("qk_norm", [None, "head"])
 def test_grouped_heads_equal_repeated_heads(qk_norm):
     grouped = _layer(qk_norm=qk_norm)

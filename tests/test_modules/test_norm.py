@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from coterie.modules.norm import RMSNorm
+from coterie.modules.norm import RMSNorm, unit_norm
 
 
 def _formula(x, weight, eps):
@@ -48,3 +48,31 @@ def test_a_row_of_zeros_is_zero_with_a_finite_gradient():
     y.sum().backward()
     assert (y == 0).all()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 8), (700, 8)])
+def test_zero_centered_is_one_plus_the_weight(dtype, shape):
+    norm = RMSNorm(8, zero_centered=True, dtype=dtype)
+    assert (norm.weight == 0).all()
+    torch.nn.init.normal_(norm.weight, std=0.3)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    y, wanted = norm(x), _formula(x, 1 + norm.weight.double(), 1e-6)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-3  # rounded once
+    assert (y.double() - wanted).norm() / wanted.norm() < tolerance
+    got = torch.autograd.grad(y, (x, norm.weight), torch.ones_like(y))
+    right = torch.autograd.grad(wanted, (x, norm.weight), torch.ones_like(wanted))
+    for a, b in zip(got, right, strict=True):
+        assert (a.double() - b.double()).norm() / b.double().norm() < 2 * tolerance
+
+
+def test_unit_norm_has_length_one_and_a_finite_gradient_at_zero():
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    y = unit_norm(x)
+    torch.testing.assert_close(y, x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt(), rtol=1e-14, atol=0)
+    assert torch.autograd.gradcheck(unit_norm, (x,))
+    zeros = torch.zeros(2, 7, requires_grad=True)
+    unit_norm(zeros).sum().backward()
+    torch.testing.assert_close(zeros.grad, torch.full((2, 7), 1e3))
+    half = torch.randn(50, 64).bfloat16()
+    assert (unit_norm(half).double() - unit_norm(half.double())).norm() / 50**0.5 < 2e-3

@@ -275,9 +275,10 @@ def test_a_weight_of_two_modules_stays_for_both():
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("bias", [True, False])
-def test_projections_are_one_product_unless_someone_takes_part(bias):
-    attention = coterie.Attention(32, 4, num_kv_heads=2, qkv_bias=bias, dtype=torch.bfloat16).eval()
+@pytest.mark.parametrize(("bias", "gate"), [(True, False), (False, False), (True, True)])
+def test_projections_are_one_product_unless_someone_takes_part(bias, gate):
+    settings = {"num_kv_heads": 2, "qkv_bias": bias, "output_gate": gate}
+    attention = coterie.Attention(32, 4, **settings, dtype=torch.bfloat16).eval()
     for parameter in attention.parameters():
         nn.init.normal_(parameter, std=0.3)
     x, rotary = torch.randn(2, 5, 32, dtype=torch.bfloat16), coterie.RotaryEmbedding(8)(torch.arange(5))
@@ -302,6 +303,25 @@ def test_latent_attention_keeps_what_it_absorbs():
     pack_for_inference(latent)
     assert type(latent.kv_b_proj) is nn.Linear
     assert type(latent.q_proj) is PackedLinear
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("rule", ["gated_delta", "kda", "delta_product"])
+@torch.no_grad()
+def test_linear_attention_packs_its_matrices_and_steps_the_same(rule):
+    layer = coterie.LinearAttention(32, 4, num_key_heads=2, rule=rule, dtype=torch.bfloat16)
+    layer.reset_parameters(std=0.3)
+    x = torch.randn(2, 9, 32, dtype=torch.bfloat16)
+    exact = copy.deepcopy(layer).double()(x.double())
+    plain = layer(x)
+    pack_for_inference(layer)
+    assert type(layer.q_proj) is PackedLinear
+    cache = layer.new_cache(2)
+    steps = torch.cat(
+        [layer(x[:, :6], cache_layer=cache)] + [layer(x[:, i : i + 1], cache_layer=cache) for i in (6, 7, 8)], 1
+    )
+    for got in (layer(x), steps):
+        assert relative_error(got, exact) <= 1.5 * relative_error(plain, exact)
 
 
 @needs_bfloat16

@@ -42,6 +42,16 @@ LATENT = replace(
     value_dim=5,
 )
 
+HYBRID = replace(
+    MIXED,
+    mixers=("linear_attention", "attention"),
+    linear_num_heads=6,
+    linear_num_key_heads=3,
+    linear_head_dim=5,
+    linear_value_dim=7,
+    linear_conv=3,
+)
+
 
 def rows(cost):
     return {layer.name: layer for layer in cost.layers}
@@ -83,6 +93,50 @@ def test_latent_attention_by_hand():
     assert mixer.cache_bytes == 4 * (7 + 4)
 
 
+@pytest.mark.parametrize(
+    ("rule", "own", "products"),
+    [
+        ("gated_delta", 2 * 24 * 6 + 2 * 6, 3),  # projections of decay and β, A_log and dt_bias; read, correct, write
+        ("retention", 0, 2),
+        ("gla", 24 * 16 + 16 * 30 + 30, 2),
+        ("ssd", 24 * 6 + 3 * 6, 2),
+    ],
+)
+def test_linear_attention_by_hand(rule, own, products):
+    mixer = rows(model_cost(replace(HYBRID, linear_rule=rule), L))["layers.0.mixer"]
+    channels = 2 * 3 * 5 + 6 * 7
+    matrices = 24 * channels + 2 * 24 * 6 * 7  # q, k, v; gate and output
+    assert (mixer.kind, mixer.params) == ("linear_attention", matrices + 3 * channels + own + 7 + 24)
+    in_matrices = {"gated_delta": 2 * 24 * 6, "gla": 24 * 16 + 16 * 30, "ssd": 24 * 6}.get(rule, 0)
+    assert mixer.flops == 2 * (matrices + in_matrices + 3 * channels + products * 6 * 5 * 7)
+    assert mixer.weight_bytes == 4 * mixer.params
+    assert (mixer.cache_bytes, mixer.state_bytes) == (0, 4 * 6 * 5 * 7 + 4 * 2 * channels)
+
+
+def test_edits_of_a_delta_product_are_counted_each():
+    one, three = (
+        rows(model_cost(replace(HYBRID, linear_rule="delta_product", linear_num_edits=n), L))["layers.0.mixer"]
+        for n in (1, 3)
+    )
+    channels = 3 * 5 + 6 * 7  # of k and v
+    assert three.params - one.params == 2 * (24 * channels + 3 * channels + 24 * 6)
+    assert three.flops - one.flops == 2 * 2 * (24 * channels + 3 * channels + 24 * 6 + 2 * 6 * 5 * 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hybrids_cache_per_token_falls_with_length_to_its_attentions(dtype):
+    cost = model_cost(HYBRID, L, dtype=dtype)
+    model = Transformer(HYBRID, device="meta", dtype=dtype)
+    twin = Transformer(replace(HYBRID, mixers=("attention",)), device="meta", dtype=dtype)
+    per_token = []
+    for length in (1024, 4096, 65536):
+        assert length * cost.total.cache_bytes + cost.total.state_bytes == model.new_cache(1, length).nbytes
+        assert length * cost.full_attention_cache_bytes == twin.new_cache(1, length).nbytes
+        per_token.append(model.new_cache(1, length).nbytes / length)
+    assert per_token == sorted(per_token, reverse=True)
+    assert per_token[-1] == pytest.approx(cost.full_attention_cache_bytes / 2, rel=1e-2)
+
+
 def test_a_tied_head_is_read_and_multiplied_but_counted_once():
     got = rows(model_cost(TIED, L))
     assert got["embedding"].params == 50 * 24
@@ -90,13 +144,13 @@ def test_a_tied_head_is_read_and_multiplied_but_counted_once():
     assert got["head"].weight_bytes == 4 * (50 * 24 + 24)
 
 
-@pytest.mark.parametrize("config", [MIXED, TIED, LATENT, dense_twin(TIED), *PRESETS.values()])
+@pytest.mark.parametrize("config", [MIXED, TIED, LATENT, HYBRID, dense_twin(TIED), *PRESETS.values()])
 def test_totals_are_those_of_the_model(config):
     cost = model_cost(config, 16)
     model = Transformer(config, device="meta")
     assert cost.total.params == sum(p.numel() for p in model.parameters())
     cache = model.new_cache(1, 10)
-    assert 10 * cost.total.cache_bytes == sum(layer.nbytes for layer in cache.layers)
+    assert 10 * cost.total.cache_bytes + cost.total.state_bytes == sum(layer.nbytes for layer in cache.layers)
     if config.feed_forwards == ("mlp",):
         assert cost.total.active_params == cost.total.params
         assert cost.break_even is None
@@ -122,8 +176,12 @@ def test_flops_agree_with_torchs_counter_on_a_dense_model():
         (dense_twin(TIED), torch.float32),
         (TIED, torch.bfloat16),
         (LATENT, torch.float32),
+        (HYBRID, torch.float32),
+        (replace(HYBRID, linear_rule="gla"), torch.bfloat16),
+        (replace(HYBRID, linear_rule="ssd", linear_conv=0), torch.float32),
+        (replace(HYBRID, linear_rule="delta_product"), torch.float32),
     ],
-    ids=["mixed", "tied", "recompute", "dense", "bf16", "latent"],
+    ids=["mixed", "tied", "recompute", "dense", "bf16", "latent", "hybrid", "gla", "ssd", "delta_product"],
 )
 def test_saved_bytes_are_those_that_a_cpu_run_keeps(config, dtype):
     model = Transformer(config, dtype=dtype)
@@ -182,6 +240,16 @@ def test_the_table_groups_equal_layers_and_sums_them():
     assert [line.split("  ")[0] for line in lines[2:6]] == ["embedding", "attention × 4", "mlp × 2", "moe × 2"]
     assert lines[8].split()[:3] == ["all", "layers", "37.1"]
     assert "hidden width 68" in format_cost(model_cost(MIXED, L))
+
+
+def test_the_table_of_a_hybrid_says_what_its_cache_comes_to():
+    text = format_cost(model_cost(replace(PRESETS["tiny-hybrid"], dim=64), 16, dtype=torch.bfloat16))
+    assert "state" in text.splitlines()[0]
+    lines = [line.split() for line in text.splitlines()]
+    # Two heads of width 32: keys and values of four layers are 4 · 256 bytes, of which 256 stay; states are 3 · 9344.
+    assert ["1,024", "283", "B", "1.00", "KiB", "0.28", "×"] in lines
+    assert ["65,536", "256", "B", "1.00", "KiB", "0.25", "×"] in lines
+    assert "state" not in format_cost(model_cost(TIED, L))
 
 
 def test_length_must_be_positive():

@@ -38,10 +38,33 @@ _HEAD = "lm_head.weight"
 
 
 class _Place(NamedTuple):
-    """Where a weight of a checkpoint stands in a coterie model: `state_dict()[name][index]`."""
+    """Where a weight of a checkpoint stands in a coterie model: `state_dict()[name][index]`.
 
-    name: str
-    index: tuple[int | slice, ...]
+    Where there are several names, its rows are theirs in turn, group by group.
+    """
+
+    names: tuple[str, ...]
+    index: tuple[int | slice, ...] = ()
+    groups: int = 1
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight; a view where it stands in one tensor."""
+        if len(self.names) == 1:
+            return tensors[self.names[0]][self.index]
+        return torch.cat(self._grouped(tensors), 1).flatten(0, 1)
+
+    def fill(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Copy a weight there."""
+        if len(self.names) == 1:
+            self.of(tensors).copy_(weight)
+            return
+        parts = self._grouped(tensors)
+        rows = weight.unflatten(0, (self.groups, -1)).split([part.shape[1] for part in parts], 1)
+        for part, own in zip(parts, rows, strict=True):
+            part.copy_(own)
+
+    def _grouped(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return [tensors[name].unflatten(0, (self.groups, -1)) for name in self.names]
 
 
 class _Header(NamedTuple):
@@ -94,7 +117,7 @@ def from_hf(
     tied_head = None
     for name, weight in tqdm(weights, "weights", len(headers), unit="", leave=False, disable=None):
         if name in places:
-            tensors[places[name].name][places[name].index].copy_(weight)
+            places[name].fill(tensors, weight)
         elif name == _HEAD:
             tied_head = weight
     embedding = tensors["embedding.weight"]
@@ -137,19 +160,20 @@ def to_hf(
     hf_config = _their_config(model, family)
     chosen = FAMILIES[hf_config.model_type]
     tensors = model.state_dict()
-    places = dict(_places(tensors, chosen.weights))
-    if unplaced := sorted(tensors.keys() - {place.name for place in places.values()}):
+    places = dict(_places(tensors, model.config, chosen.weights, chosen.linear_weights))
+    if unplaced := sorted(tensors.keys() - {name for place in places.values() for name in place.names}):
         raise ValueError(
             f"a {chosen.model_type} checkpoint has no place for {unplaced[0]} and {len(unplaced) - 1} more of the "
             "model's weights (of adapters: merge_lora or remove_lora first)"
         )
-    shapes = {name: torch.empty_like(tensors[place.name][place.index], device="meta") for name, place in places.items()}
+    without_memory = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    shapes = {name: place.of(without_memory) for name, place in places.items()}
     shards = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     folder.mkdir(parents=True, exist_ok=True)
     files = shards.filename_to_tensors.items()
     for file, names in tqdm(files, "files", leave=False, disable=None):
         # Copies, for safetensors refuses tensors that share memory, as the experts in one tensor do.
-        shard = {name: tensors[places[name].name][places[name].index].cpu().clone() for name in names}
+        shard = {name: places[name].of(tensors).cpu().clone() for name in names}
         shard = {name: weight.contiguous() for name, weight in shard.items()}
         write_atomically(folder / file, lambda to, shard=shard: save_file(shard, to, metadata={"format": "pt"}))
     if shards.is_sharded:
@@ -254,12 +278,24 @@ def _on_disk_names(model: "PreTrainedModel") -> Mapping[str, Tensor]:
 # --- places
 
 
-def _places(tensors: Mapping[str, Tensor], table: Mapping[str, str | tuple[str, ...]]) -> Iterator[tuple[str, _Place]]:
-    """(their name, its place) of all weights that a table knows."""
+def _places(
+    tensors: Mapping[str, Tensor],
+    config: TransformerConfig,
+    table: Mapping[str, str | tuple[str, ...]],
+    linear: Mapping[str | tuple[str, ...], str],
+) -> Iterator[tuple[str, _Place]]:
+    """(their name, its place) of all weights that a table knows; of linear attention, the table of that name."""
+    heads = config.linear_num_key_heads or config.linear_num_heads or config.num_heads
     for ours, tensor in tensors.items():
-        prefix, part = "", ours
+        layer, prefix, part = "", "", ours
         if match := _LAYER.fullmatch(ours):
-            prefix, part = f"model.layers.{match[1]}.", match[2]
+            layer, prefix, part = f"layers.{match[1]}.", f"model.layers.{match[1]}.", match[2]
+        if layer and part.startswith("mixer.") and config.layer_mixers[int(match[1])] == "linear_attention":
+            for names, theirs in linear.items():
+                names = (names,) if isinstance(names, str) else names
+                if part == names[0]:
+                    yield prefix + theirs, _Place(tuple(layer + name for name in names), (), heads)
+            continue
         if part not in table:
             continue
         templates = (table[part],) if isinstance(table[part], str) else table[part]
@@ -268,32 +304,34 @@ def _places(tensors: Mapping[str, Tensor], table: Mapping[str, str | tuple[str, 
             height = tensor.shape[len(above)] // len(templates)
             for position, template in enumerate(templates):
                 rows = (slice(position * height, (position + 1) * height),) if len(templates) > 1 else ()
-                yield prefix + template.replace("{e}", str(expert)), _Place(ours, above + rows)
+                yield prefix + template.replace("{e}", str(expert)), _Place((ours,), above + rows)
 
 
 def _checked_places(model: Transformer, family: Family, headers: Mapping[str, _Header]) -> dict[str, _Place]:
     """The places of the checkpoint's weights; ValueError unless they fill the model, each part once."""
     tensors = model.state_dict()
-    wanted = dict(_places(tensors, family.weights))
-    stacked = dict(_places(tensors, family.stacked_weights))
+    wanted = dict(_places(tensors, model.config, family.weights, family.linear_weights))
+    stacked = dict(_places(tensors, model.config, family.stacked_weights, {}))
     places = {name: place for name, place in {**wanted, **stacked}.items() if name in headers}
     problems = []
     for name, place in places.items():
-        shape = tuple(tensors[place.name][place.index].shape)
+        shape = tuple(place.of(tensors).shape)
         if headers[name].shape != shape:
             problems.append(f"{name} has the shape {list(headers[name].shape)}, the config makes it {list(shape)}")
     filled = dict.fromkeys(tensors, 0)
     for place in places.values():
-        filled[place.name] += tensors[place.name][place.index].numel()
+        for ours in place.names:
+            filled[ours] += tensors[ours][place.index].numel()
     for name, place in wanted.items():
-        if name not in places and filled[place.name] < tensors[place.name].numel():
+        ours = place.names[0]
+        if name not in places and filled[ours] < tensors[ours].numel():
             problems.append(f"{name} is missing")
-        elif filled[place.name] > tensors[place.name].numel():
+        elif filled[ours] > tensors[ours].numel():
             problems.append(f"{name} is there twice, alone and among {family.stacked_weights.values()}")
     unread = []
     for name in headers.keys() - places.keys():
         match = _LAYER.fullmatch(name.removeprefix("model."))
-        if match and int(match[1]) >= model.config.num_layers:
+        if name.startswith("mtp.") or (match and int(match[1]) >= model.config.num_layers):
             unread.append(name)
         elif not _DERIVED.search(name) and not (name == _HEAD and model.head is None):
             problems.append(f"{name} has no place in the model")
@@ -317,8 +355,9 @@ def _empty_tensors(model, places, headers, device, dtype) -> dict[str, Tensor]:
         theirs = headers[name].dtype
         if not theirs.is_floating_point or theirs.itemsize < 2:
             raise ValueError(f"{name} is of {theirs}: coterie loads weights of 16 bits and more in floating point")
-        if dtypes.setdefault(place.name, theirs) != theirs and dtype is None:
-            raise ValueError(f"{name} is of {theirs} and others of the same tensor of {dtypes[place.name]}: give dtype")
+        for ours in place.names:
+            if dtypes.setdefault(ours, theirs) != theirs and dtype is None:
+                raise ValueError(f"{name} is of {theirs} and others of the same tensor of {dtypes[ours]}: give dtype")
     return {
         name: torch.empty(
             tensor.shape,

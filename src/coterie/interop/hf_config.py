@@ -57,6 +57,8 @@ def config_from_hf(hf_config: "PreTrainedConfig") -> TransformerConfig:
     if not ours.get("shared_hidden_dim"):
         ours["shared_gate"] = False
     ours |= _rotary(family, hf_config, ours["head_dim"] if ours.get("head_dim") else ours["dim"] // ours["num_heads"])
+    if family.layer_types:
+        ours["mixers"] = _shortest_pattern(_mixers(family, hf_config))
     ours["feed_forwards"] = _shortest_pattern(_feed_forwards(family, hf_config))
     if "mlp" in ours["feed_forwards"]:
         ours["hidden_dim"] = hf_config.intermediate_size
@@ -86,6 +88,14 @@ def config_to_hf(config: TransformerConfig, family: Family) -> dict[str, Any]:
     if family.latent:
         theirs["qk_nope_head_dim"] = head_dim - config.rotary_dim
         theirs["v_head_dim"] = config.value_dim or head_dim - config.rotary_dim
+    if family.layer_types:
+        names = {ours: theirs for theirs, ours in family.layer_types.items()}
+        theirs["layer_types"] = [names[mixer] for mixer in config.layer_mixers]
+        heads = config.linear_num_heads or config.num_heads
+        theirs["linear_num_value_heads"] = heads
+        theirs["linear_num_key_heads"] = config.linear_num_key_heads or heads
+        theirs["linear_key_head_dim"] = width = config.linear_head_dim or head_dim
+        theirs["linear_value_head_dim"] = config.linear_value_dim or width
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rotary_scaling is not None:
         rope["rope_type"], parameters = parse_rotary_scaling(config.rotary_scaling)
@@ -120,6 +130,7 @@ def differences(config: TransformerConfig, family: Family) -> list[str]:
     said |= {"qk_norm"} if family.optional_qk_norm else set()
     said |= {"head_dim"} if family.latent else set()
     said |= {"shared_hidden_dim"} if family.shared else set()
+    said |= {"mixers"} if family.layer_types else set()
     for one in fields(TransformerConfig):
         value = getattr(config, one.name)
         value = _shortest_pattern(value) if one.name == "mixers" else value
@@ -133,8 +144,9 @@ def differences(config: TransformerConfig, family: Family) -> list[str]:
             problems.append(
                 " and ".join(f"{name} = {getattr(config, name)!r}" for name in names) + " (there they agree)"
             )
-    if _their_activation(config.activation) is None:
-        problems.append(f"activation = {config.activation!r} (there it is one of {', '.join(ACTIVATIONS.values())})")
+    accepted = [ACTIVATIONS[name] for name in family.theirs.get("hidden_act", ACTIVATIONS)]
+    if config.activation not in accepted:
+        problems.append(f"activation = {config.activation!r} (there it is one of {', '.join(accepted)})")
     if family.optional_qk_norm and config.qk_norm not in (None, "head"):
         problems.append(f"qk_norm = {config.qk_norm!r} (there it is None or 'head')")
     if family.shared and config.shared_hidden_dim % max(config.expert_hidden_dim, 1):
@@ -168,6 +180,8 @@ def _says_nothing(config: TransformerConfig, name: str) -> bool:
         return "moe" not in config.feed_forwards
     if name in ("kv_rank", "query_rank", "value_dim"):
         return "latent_attention" not in config.mixers
+    if name.startswith("linear_"):
+        return "linear_attention" not in config.mixers
     if name == "shared_gate":
         return not config.shared_hidden_dim
     head_dim = config.dim // config.num_heads
@@ -187,7 +201,13 @@ def _pattern_problems(config: TransformerConfig, family: Family) -> list[str]:
         wanted = "'moe' at least once"
     elif family.feed_forwards == "first" and "mlp" in kinds[kinds.index("moe") :]:
         wanted = "'mlp' in the first layers only"
-    return [f"feed_forwards = {config.feed_forwards} (there they are {wanted})"] if wanted else []
+    problems = [f"feed_forwards = {config.feed_forwards} (there they are {wanted})"] if wanted else []
+    known = set(family.layer_types.values())
+    if known and not known.issuperset(config.mixers):
+        problems.append(f"mixers = {config.mixers} (there they are of {', '.join(sorted(map(repr, known)))})")
+    if "linear_attention" in known and config.linear_conv == 0:
+        problems.append("linear_conv = 0 (there it is positive)")
+    return problems
 
 
 def _rotary(family: Family, hf_config: "PreTrainedConfig", head_dim: int) -> dict[str, Any]:
@@ -213,6 +233,14 @@ def _rotary(family: Family, hf_config: "PreTrainedConfig", head_dim: int) -> dic
     return {"rope_theta": theta, "rotary_scaling": scaling} | (
         {"rotary_dim": int(head_dim * factor)} if factor != 1.0 else {}
     )
+
+
+def _mixers(family: Family, hf_config: "PreTrainedConfig") -> tuple[str, ...]:
+    """Our name of every layer's mixer."""
+    kinds = tuple(hf_config.layer_types[: hf_config.num_hidden_layers])
+    if unknown := sorted(set(kinds) - family.layer_types.keys()):
+        raise ValueError(f"coterie has no equivalent of {family.model_type}'s layer_types = {unknown[0]!r}")
+    return tuple(family.layer_types[kind] for kind in kinds)
 
 
 def _feed_forwards(family: Family, hf_config: "PreTrainedConfig") -> tuple[str, ...]:

@@ -41,6 +41,16 @@ _EXPERT_WEIGHTS = {
     "feed_forward.experts.gate_up_proj": ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
     "feed_forward.experts.down_proj": "mlp.experts.{e}.down_proj.weight",
 }
+# Of layers of linear attention. Several of ours: theirs has the rows of each, key head by key head.
+_LINEAR_WEIGHTS = {
+    tuple(f"mixer.{name}_proj.weight" for name in ("q", "k", "v", "gate")): "linear_attn.in_proj_qkvz.weight",
+    ("mixer.beta_proj.weight", "mixer.decay.proj.weight"): "linear_attn.in_proj_ba.weight",
+    "mixer.conv_weight": "linear_attn.conv1d.weight",
+    "mixer.decay.A_log": "linear_attn.A_log",
+    "mixer.decay.dt_bias": "linear_attn.dt_bias",
+    "mixer.norm.weight": "linear_attn.norm.weight",
+    "mixer.o_proj.weight": "linear_attn.out_proj.weight",
+}
 # As transformers has them in memory, and as some tools write them: expert first, gate before up.
 _STACKED_EXPERTS = {
     "feed_forward.experts.gate_up_proj": "mlp.experts.gate_up_proj",
@@ -62,10 +72,13 @@ class Family:
         shared: how many expert widths the shared expert has, a field of theirs; None: `fields` has its width, if any.
         partial_rotary: rope_parameters may have a partial_rotary_factor.
         optional_qk_norm: use_qk_norm says whether queries and keys have the norm of every head.
+        layer_types: what their layer_types calls our mixers; empty: it has none, and all layers mix alike.
         latent: the attention is latent, and the width of a head is said in two parts, qk_nope_head_dim and
             qk_rope_head_dim.
         weights: our names of weights, without layers.<i>, → theirs, without model.layers.<i>. Several: one above the
             other in ours; {e}: one an expert.
+        linear_weights: the same of the mixers that are linear attention. Several of ours: their rows stand in theirs
+            key head by key head.
         stacked_weights: other places where the experts may stand, all in one tensor.
     """
 
@@ -77,13 +90,24 @@ class Family:
     shared: str | None = None
     partial_rotary: bool = False
     optional_qk_norm: bool = False
+    layer_types: Mapping[str, str] = field(default_factory=dict)
     latent: bool = False
     weights: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: _EXPERT_WEIGHTS)
+    linear_weights: Mapping[str | tuple[str, ...], str] = field(default_factory=dict)
     stacked_weights: Mapping[str, str] = field(default_factory=lambda: _STACKED_EXPERTS)
 
 
 _NO_WINDOW = {"sliding_window": (None, 0)}
 _SIGMOID_ROUTER = {"router_score": "sigmoid", "router_group_score": "top2_sum", "selection_bias": True}
+_GATED_SHARED_EXPERT = {
+    **_EXPERT_WEIGHTS,
+    "feed_forward.shared_expert.gate_up_proj.weight": (
+        "mlp.shared_expert.gate_proj.weight",
+        "mlp.shared_expert.up_proj.weight",
+    ),
+    "feed_forward.shared_expert.down_proj.weight": "mlp.shared_expert.down_proj.weight",
+    "feed_forward.shared_gate.weight": "mlp.shared_expert_gate.weight",
+}
 _SHARED_EXPERTS = {
     **_EXPERT_WEIGHTS,
     "feed_forward.router.selection_bias": "mlp.gate.e_score_correction_bias",
@@ -158,15 +182,7 @@ FAMILIES = {
             ours={"shared_gate": True},
             theirs=_NO_WINDOW,
             feed_forwards="step",
-            weights={
-                **_EXPERT_WEIGHTS,
-                "feed_forward.shared_expert.gate_up_proj.weight": (
-                    "mlp.shared_expert.gate_proj.weight",
-                    "mlp.shared_expert.up_proj.weight",
-                ),
-                "feed_forward.shared_expert.down_proj.weight": "mlp.shared_expert.down_proj.weight",
-                "feed_forward.shared_gate.weight": "mlp.shared_expert_gate.weight",
-            },
+            weights=_GATED_SHARED_EXPERT,
         ),
         Family(
             "qwen3_moe",
@@ -179,6 +195,33 @@ FAMILIES = {
             ours={"qk_norm": "head"},
             theirs=_NO_WINDOW,
             feed_forwards="step",
+        ),
+        Family(
+            "qwen3_next",
+            fields={
+                **_MOE_FIELDS,
+                "num_experts": "num_experts",
+                "norm_topk_prob": "router_normalize",
+                "shared_expert_intermediate_size": "shared_hidden_dim",
+                "attention_bias": ("qkv_bias", "output_bias"),
+                "linear_num_value_heads": "linear_num_heads",
+                "linear_num_key_heads": "linear_num_key_heads",
+                "linear_key_head_dim": "linear_head_dim",
+                "linear_value_head_dim": "linear_value_dim",
+                "linear_conv_kernel_dim": "linear_conv",
+            },
+            ours={
+                "shared_gate": True,
+                "qk_norm": "head",
+                "attention_output_gate": True,
+                "norm_zero_centered": True,
+            },
+            theirs={"hidden_act": ("silu",)},  # the convolution's activation too, which coterie has no other for
+            feed_forwards="step",
+            partial_rotary=True,
+            layer_types={"full_attention": "attention", "linear_attention": "linear_attention"},
+            weights=_GATED_SHARED_EXPERT,
+            linear_weights=_LINEAR_WEIGHTS,
         ),
         Family(
             "glm4_moe",

@@ -92,6 +92,12 @@ class CoterieConfig(_Fields):
             setattr(self, name, value)
         super().__post_init__(**kwargs)
 
+    @property
+    def layer_types(self) -> list[str]:
+        """What the layers keep, in transformers' terms: its caches are made accordingly."""
+        mixers = self.to_transformer().layer_mixers
+        return ["linear_attention" if mixer == "linear_attention" else "full_attention" for mixer in mixers]
+
     def to_transformer(self) -> TransformerConfig:
         """The model's own config."""
         return TransformerConfig(**{name: getattr(self, name) for name in _FIELDS})
@@ -184,8 +190,13 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("input_ids must be given, [B, L], got None")
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("labels need the logits of all positions: logits_to_keep must be 0")
+        counts = "full_attention" in self.config.layer_types
+        if not counts and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "use_cache must be False where all mixers are 'linear_attention': transformers counts positions by keys"
+            )
         if use_cache is None:
-            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+            use_cache = counts and self.config.use_cache and not torch.is_grad_enabled()
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         cache, token_mask = None, _token_mask(attention_mask, input_ids, past_key_values)
@@ -321,7 +332,7 @@ class _HFCache:
 
 
 class _HFCacheLayer:
-    """One layer of it, spoken to as an `AttentionCache`."""
+    """One layer of it, spoken to as an `AttentionCache` or a `LinearAttentionCache`."""
 
     def __init__(self, cache: Cache, index: int, token_mask: Tensor | None) -> None:
         self._cache, self._index, self._token_mask = cache, index, token_mask
@@ -331,6 +342,17 @@ class _HFCacheLayer:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         keys, values = self._cache.update(keys, values, self._index)
         return keys, values, self._token_mask
+
+    def read(self, batch_size: int) -> tuple[Tensor | None, Tensor | None]:
+        tail = self._cache.get_conv_state(self._index)  # [B, channels, W-1]
+        return self._cache.get_recurrent_state(self._index), None if tail is None else tail.mT
+
+    def write(self, state: Tensor, tail: Tensor | None) -> None:
+        if state.requires_grad:
+            raise ValueError("a cache of linear attention carries no gradients: call under torch.no_grad()")
+        tail = state.new_zeros(len(state), 0, 0) if tail is None else tail  # theirs has one, whatever ours has
+        self._cache.update_conv_state(tail.mT, self._index)
+        self._cache.update_recurrent_state(state, self._index)
 
 
 def _token_mask(attention_mask: Tensor | None, input_ids: Tensor, cache: Cache | None) -> Tensor | None:

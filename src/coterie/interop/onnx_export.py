@@ -55,9 +55,12 @@ def to_onnx(model: Transformer, path: str | os.PathLike) -> str:
         What was verified: the largest error of the logits over sequences of several lengths.
 
     Raises:
+        ValueError: the model has linear attention.
         ImportError: onnx, onnxscript or onnxruntime is not installed (pip install 'coterie[export]').
         VerificationError: onnxruntime computes something else; nothing is left at `path`, or what was there before.
     """
+    if "linear_attention" in (mixers := model.config.mixers):
+        raise ValueError(f"ONNX has no equivalent of this model's mixers = {mixers}: it has no loop like delta_rule's")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         optional(package)
     path = checked_file(path)

@@ -1,6 +1,6 @@
 """Whole models: the config, the transformer, its cache, generation, saved files and presets."""
 
-from coterie.models.cache import KVCache
+from coterie.models.cache import CacheSnapshot, KVCache
 from coterie.models.config import TransformerConfig
 from coterie.models.generation import generate
 from coterie.models.lora import load_lora, save_lora
@@ -9,6 +9,7 @@ from coterie.models.transformer import Transformer, TransformerOutput
 
 __all__ = [
     "PRESETS",
+    "CacheSnapshot",
     "KVCache",
     "Transformer",
     "TransformerConfig",

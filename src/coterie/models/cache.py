@@ -1,16 +1,41 @@
-"""The keys and values of all layers, kept between the steps of generation."""
+"""What all layers remember of the past, kept between the steps of generation."""
+
+from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from coterie.modules.attention import AttentionCache
+from coterie.modules.linear_attention import LinearAttentionCache
+
+
+@dataclass(frozen=True, eq=False)
+class CacheSnapshot:
+    """A point of a cache's past; `KVCache.snapshot` makes it.
+
+    Attributes:
+        length: positions filled then.
+        layers: what each layer needs to go back: a length for keys and values, copies of what is written over.
+        counts: [B] tokens seen then, or None.
+    """
+
+    length: int
+    layers: tuple[int | tuple[Tensor, ...], ...]
+    counts: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes copied."""
+        return sum(tensor.nbytes for layer in self.layers if isinstance(layer, tuple) for tensor in layer)
 
 
 class KVCache:
     """What a model remembers of the positions it has seen, in memory that is taken once.
 
-    `Transformer.new_cache` makes it, `Transformer.forward(..., cache=cache)` fills it: every call appends its
-    positions. One that would not fit raises ValueError and leaves the cache as it was.
+    Attention keeps keys and values of every position, linear attention a state of one size. `Transformer.new_cache`
+    makes the cache, `Transformer.forward(..., cache=cache)` fills it: every call appends its positions. One that would
+    not fit raises ValueError and leaves the cache as it was.
 
     Attributes:
         layers: one cache a layer, as its mixer made it.
@@ -18,16 +43,44 @@ class KVCache:
         max_length: positions there is room for.
     """
 
-    def __init__(self, layers: list[AttentionCache], max_length: int) -> None:
+    def __init__(self, layers: list[AttentionCache | LinearAttentionCache], max_length: int) -> None:
         self.layers = layers
         self.max_length = max_length
         self.length = 0
         self._counts: Tensor | None = None  # [B] tokens seen, without padding; None: no padding so far
+        self._snapshots: WeakSet[CacheSnapshot] = WeakSet()  # whose positions still stand
 
     @property
     def nbytes(self) -> int:
         """Bytes held by all layers, filled or not."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def snapshot(self) -> CacheSnapshot:
+        """A point to come back to, as speculation does when its guesses were wrong.
+
+        Copied are the states of linear attention, which are of one size at any length. Keys and values are not: they
+        stay where they are until others are written there.
+        """
+        snapshot = CacheSnapshot(self.length, tuple(layer.snapshot() for layer in self.layers), self._counts)
+        self._snapshots.add(snapshot)
+        return snapshot
+
+    def rollback(self, snapshot: CacheSnapshot) -> None:
+        """Be as at the snapshot again; it may be used several times.
+
+        Raises:
+            ValueError: it is another cache's, or later than one that was rolled back to since: its keys and values may
+                have been written over.
+        """
+        if snapshot not in self._snapshots:
+            raise ValueError(
+                f"the snapshot at length {snapshot.length} is not of this cache, or later than one rolled back to since"
+            )
+        for layer, own in zip(self.layers, snapshot.layers, strict=True):
+            layer.rollback(own)
+        self.length, self._counts = snapshot.length, snapshot.counts
+        for later in [other for other in self._snapshots if other.length > self.length]:
+            self._snapshots.discard(later)
 
     def positions(self, input_ids: Tensor, token_mask: Tensor | None) -> Tensor:
         """Where the next tokens stand: [L] if no sequence has padding so far, else [B, L]."""

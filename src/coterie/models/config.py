@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 from coterie.modules.attention import QK_NORMS
+from coterie.modules.linear_attention import RULES
 from coterie.modules.rotary import parse_rotary_scaling
 from coterie.ops import activation_is_gated
 
-MIXERS = ("attention", "latent_attention")
+MIXERS = ("attention", "latent_attention", "linear_attention")
 FEED_FORWARDS = ("mlp", "moe")
 
 
@@ -25,8 +26,9 @@ class TransformerConfig:
         num_heads: H, query heads.
         num_kv_heads: G, key/value heads, which divides H; None: H.
         head_dim: P, even; None: D / H.
-        mixers: what mixes positions in each layer: "attention" or "latent_attention" (deepseek_v3). A pattern: repeated
-            up the layers, so its length must divide num_layers.
+        mixers: what mixes positions in each layer: "attention", "latent_attention" (deepseek_v3) or "linear_attention".
+            A pattern: repeated up the layers, so its length must divide num_layers;
+            ("linear_attention",) * 3 + ("attention",) makes a hybrid.
         feed_forwards: the feed-forward of each layer, "mlp" or "moe"; a pattern too: ("mlp", "moe") alternates.
         hidden_dim: width of every "mlp"; 0 if there is none.
         activation: of all feed-forwards; see `coterie.ops.apply_activation`.
@@ -42,11 +44,20 @@ class TransformerConfig:
         kv_rank: width of the latent that "latent_attention" makes keys and values from; 0 if there is none.
         query_rank: width that "latent_attention" compresses queries to; None: it does not.
         value_dim: V, the width of a head's values in "latent_attention"; None: head_dim - rotary_dim.
+        linear_rule: how "linear_attention" edits its state, "gated_delta" and others; see `coterie.LinearAttention`.
+        linear_num_heads: its heads, with a state each; None: H.
+        linear_num_key_heads: its heads of queries and keys, which divides those; None: the same.
+        linear_head_dim: the width of its queries and keys; None: P.
+        linear_value_dim: the width of its values; None: that of its keys.
+        linear_conv: the tokens that its short convolution sees, the last one included; 0: no convolution.
+        linear_num_edits: a token's edits of the state under the rule "delta_product"; None: 2.
+        linear_negative_eigenvalues: edits may turn a direction of the state round, under rules that erase.
         qk_norm: RMSNorm on queries and keys, "head" by head (qwen3) or over "all" heads side by side (olmoe); None:
             none. Of "attention" alone, as num_kv_heads is.
         qkv_bias: biases on the attention's projections of queries, keys and values; of "latent_attention", on those
             that compress.
         output_bias: a bias on the attention's output projection.
+        attention_output_gate: a sigmoid gate on what every head of "attention" reads (qwen3_next).
         attention_scale: what scores are multiplied by; None: P^-0.5.
         rope_theta: the rotary embedding's base.
         rotary_scaling: of a model that was trained on shorter texts; see `coterie.RotaryEmbedding`. None: none.
@@ -57,6 +68,7 @@ class TransformerConfig:
         embedding_scale, residual_scale, logit_divisor: x = embedding_scale · embedding; x + residual_scale · layer(x);
             logits = head(x) / logit_divisor (granitemoe).
         norm_eps: of every RMSNorm but those within "latent_attention", which have 1e-6 as DeepSeek's.
+        norm_zero_centered: those weights are differences from 1, but for "linear_attention"'s output (qwen3_next).
         tie_embeddings: the head's weight is the embedding's.
         max_length: the longest sequence the model is meant for, and the length of a cache unless told otherwise.
             Nothing stops a longer one: the rotary embedding goes on, the quality does not.
@@ -91,9 +103,18 @@ class TransformerConfig:
     kv_rank: int = 0
     query_rank: int | None = None
     value_dim: int | None = None
+    linear_rule: str = "gated_delta"
+    linear_num_heads: int | None = None
+    linear_num_key_heads: int | None = None
+    linear_head_dim: int | None = None
+    linear_value_dim: int | None = None
+    linear_conv: int = 4
+    linear_num_edits: int | None = None
+    linear_negative_eigenvalues: bool = False
     qk_norm: str | None = None
     qkv_bias: bool = False
     output_bias: bool = False
+    attention_output_gate: bool = False
     attention_scale: float | None = None
     rope_theta: float = 10000.0
     rotary_scaling: str | None = None
@@ -103,6 +124,7 @@ class TransformerConfig:
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
     norm_eps: float = 1e-6
+    norm_zero_centered: bool = False
     tie_embeddings: bool = True
     max_length: int = 2048
     init_std: float = 0.02
@@ -112,7 +134,9 @@ class TransformerConfig:
         check_fields(self)
         positive = ["vocab_size", "dim", "num_layers", "num_heads", "max_length", "rope_theta", "norm_eps"]
         positive += ["embedding_scale", "residual_scale", "logit_divisor"]
-        optional = ("num_kv_heads", "head_dim", "query_rank", "value_dim", "rotary_dim", "attention_scale")
+        optional = ["num_kv_heads", "head_dim", "query_rank", "value_dim", "rotary_dim", "attention_scale"]
+        linear = ("num_heads", "num_key_heads", "head_dim", "value_dim", "num_edits")
+        optional += [f"linear_{name}" for name in linear]
         positive += [name for name in optional if getattr(self, name) is not None]
         if "latent_attention" in self.mixers:
             positive += ["kv_rank"]
@@ -123,12 +147,13 @@ class TransformerConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        widths = ("kv_rank", "hidden_dim", "expert_hidden_dim", "shared_hidden_dim")
+        widths = ("kv_rank", "hidden_dim", "expert_hidden_dim", "shared_hidden_dim", "linear_conv")
         for name in (*widths, "num_experts", "top_k", "init_std"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         self._check_patterns()
         self._check_heads()
+        self._check_linear()
         if "moe" in self.feed_forwards:
             self._check_router()
         activation_is_gated(self.activation)
@@ -167,11 +192,32 @@ class TransformerConfig:
         if "attention" not in self.mixers:
             if self.num_kv_heads not in (None, self.num_heads):
                 raise ValueError(
-                    f"num_kv_heads must be None or num_heads = {self.num_heads} where all mixers are "
-                    f"'latent_attention', got {self.num_kv_heads}"
+                    f"num_kv_heads must be None or num_heads = {self.num_heads} where no mixer is 'attention', "
+                    f"got {self.num_kv_heads}"
                 )
             if self.qk_norm is not None:
-                raise ValueError(f"qk_norm must be None where all mixers are 'latent_attention', got {self.qk_norm!r}")
+                raise ValueError(f"qk_norm must be None where no mixer is 'attention', got {self.qk_norm!r}")
+            if self.attention_output_gate:
+                raise ValueError("attention_output_gate must be False where no mixer is 'attention', got True")
+
+    def _check_linear(self) -> None:
+        if self.linear_rule not in RULES:
+            raise ValueError(f"linear_rule must be one of {', '.join(map(repr, RULES))}, got {self.linear_rule!r}")
+        heads = self.linear_num_heads or self.num_heads
+        if heads % (self.linear_num_key_heads or heads):
+            raise ValueError(
+                f"linear_num_key_heads must divide the {heads} heads of 'linear_attention', "
+                f"got {self.linear_num_key_heads}"
+            )
+        if self.linear_num_edits is not None and self.linear_rule != "delta_product":
+            raise ValueError(
+                f"linear_num_edits must be None unless linear_rule is 'delta_product', got {self.linear_num_edits}"
+            )
+        if self.linear_negative_eigenvalues and not RULES[self.linear_rule].erases:
+            erasing = ", ".join(repr(name) for name, rule in RULES.items() if rule.erases)
+            raise ValueError(
+                f"linear_negative_eigenvalues needs a linear_rule that erases, {erasing}; got {self.linear_rule!r}"
+            )
 
     def _check_router(self) -> None:
         for name, accepted in (

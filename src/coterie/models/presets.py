@@ -4,6 +4,9 @@ from dataclasses import replace
 
 from coterie.models.config import TransformerConfig
 
+# Three layers of linear attention (the gated delta rule) to one of full attention, as in Qwen3-Next and Kimi Linear.
+_HYBRID = ("linear_attention",) * 3 + ("attention",)
+
 PRESETS: dict[str, TransformerConfig] = {
     # Bytes, and minutes on a laptop's two cores: the demo.
     "tiny": TransformerConfig(
@@ -45,6 +48,7 @@ PRESETS: dict[str, TransformerConfig] = {
         max_length=2048,
     ),
 }
+PRESETS |= {f"{name}-hybrid": replace(PRESETS[name], mixers=_HYBRID) for name in ("tiny", "mini")}
 
 
 def preset(name: str) -> TransformerConfig:

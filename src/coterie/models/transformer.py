@@ -16,6 +16,7 @@ from coterie.modules.attention import Attention, AttentionCache
 from coterie.modules.embedding import TiedEmbedding
 from coterie.modules.gated_mlp import GatedMLP
 from coterie.modules.latent_attention import LatentAttention
+from coterie.modules.linear_attention import LinearAttention, LinearAttentionCache
 from coterie.modules.moe import MoE
 from coterie.modules.norm import RMSNorm
 from coterie.modules.rotary import RotaryEmbedding
@@ -54,13 +55,10 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.residual_scale = config.residual_scale
         place = {"device": device, "dtype": dtype}
-        self.mixer_norm = RMSNorm(config.dim, config.norm_eps, **place)
-        self.mixer: Attention | LatentAttention
-        if config.layer_mixers[index] == "attention":
-            self.mixer = _attention(config, **place)
-        else:
-            self.mixer = _latent_attention(config, **place)
-        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps, **place)
+        self.mixer_norm = _norm(config, **place)
+        self.mixer: Attention | LatentAttention | LinearAttention
+        self.mixer = _MIXERS[config.layer_mixers[index]](config, **place)
+        self.feed_forward_norm = _norm(config, **place)
         self.feed_forward: MoE | GatedMLP
         if config.layer_feed_forwards[index] == "moe":
             self.feed_forward = _moe(config, **place)
@@ -68,7 +66,10 @@ class TransformerLayer(nn.Module):
             self.feed_forward = GatedMLP(config.dim, config.hidden_dim, activation=config.activation, **place)
 
     def reset_parameters(self, std: float, output_std: float) -> None:
-        """Norms 1, biases 0, weights normal(0, std); normal(0, output_std) where they write to the residual stream."""
+        """Norms 1, biases 0, weights normal(0, std); normal(0, output_std) where they write to the residual stream.
+
+        Decays and convolutions of linear attention begin as its class says.
+        """
         self.mixer_norm.reset_parameters()
         self.mixer.reset_parameters(std, output_std)
         self.feed_forward_norm.reset_parameters()
@@ -79,7 +80,7 @@ class TransformerLayer(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         token_mask: Tensor | None = None,
-        cache_layer: AttentionCache | None = None,
+        cache_layer: AttentionCache | LinearAttentionCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """[B, L, D] → ([B, L, D], the routing of a MoE or None)."""
         y = self.mixer(self.mixer_norm(x), rotary, token_mask=token_mask, cache_layer=cache_layer)
@@ -96,7 +97,7 @@ class Transformer(nn.Module):
     """tokens → embedding → layers → norm → head → logits; every position sees itself and those before it.
 
     Weights start normal(0, config.init_std), embedding and head included; those that write to the residual stream
-    (the attention's o_proj, every down_proj) start normal(0, init_std / sqrt(2 · num_layers)), so that the stream's
+    (every mixer's o_proj, every down_proj) start normal(0, init_std / sqrt(2 · num_layers)), so that the stream's
     variance does not grow with depth (GPT-2). Norms start at 1, biases at 0.
 
     Set `gradient_checkpointing = True` to keep only each layer's input for backward, and compute the layer again
@@ -125,7 +126,7 @@ class Transformer(nn.Module):
         embedding = TiedEmbedding if config.tie_embeddings else nn.Embedding
         self.embedding = embedding.from_pretrained(torch.empty(config.vocab_size, config.dim, **place), freeze=False)
         self.layers = nn.ModuleList(TransformerLayer(config, i, **place) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps, **place)
+        self.norm = _norm(config, **place)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False, **place)
         head_dim = config.head_dim or config.dim // config.num_heads
         self.rotary = RotaryEmbedding(config.rotary_dim or head_dim, config.rope_theta, config.rotary_scaling)
@@ -196,7 +197,7 @@ class Transformer(nn.Module):
         Args:
             batch_size: B, fixed for its life.
             max_length: positions to make room for; None: config.max_length.
-            dtype: of keys and values; None: the weights'.
+            dtype: of keys and values; None: the weights'. States of linear attention are float32 whatever it is.
         """
         if max_length is None:
             max_length = self.config.max_length
@@ -228,6 +229,10 @@ class Transformer(nn.Module):
         return model
 
 
+def _norm(config: TransformerConfig, **place) -> RMSNorm:
+    return RMSNorm(config.dim, config.norm_eps, zero_centered=config.norm_zero_centered, **place)
+
+
 def _attention(config: TransformerConfig, **place) -> Attention:
     return Attention(
         config.dim,
@@ -237,9 +242,11 @@ def _attention(config: TransformerConfig, **place) -> Attention:
         qk_norm=config.qk_norm,
         qkv_bias=config.qkv_bias,
         output_bias=config.output_bias,
+        output_gate=config.attention_output_gate,
         scale=config.attention_scale,
         rotary_interleaved=config.rotary_interleaved,
         norm_eps=config.norm_eps,
+        norm_zero_centered=config.norm_zero_centered,
         **place,
     )
 
@@ -259,6 +266,29 @@ def _latent_attention(config: TransformerConfig, **place) -> LatentAttention:
         rotary_interleaved=config.rotary_interleaved,
         **place,
     )
+
+
+def _linear_attention(config: TransformerConfig, **place) -> LinearAttention:
+    return LinearAttention(
+        config.dim,
+        config.linear_num_heads or config.num_heads,
+        head_dim=config.linear_head_dim or config.head_dim or config.dim // config.num_heads,
+        value_dim=config.linear_value_dim,
+        num_key_heads=config.linear_num_key_heads,
+        rule=config.linear_rule,
+        short_conv=config.linear_conv,
+        allow_negative_eigenvalues=config.linear_negative_eigenvalues,
+        num_edits=config.linear_num_edits,
+        norm_eps=config.norm_eps,
+        **place,
+    )
+
+
+_MIXERS = {
+    "attention": _attention,
+    "latent_attention": _latent_attention,
+    "linear_attention": _linear_attention,
+}
 
 
 def _moe(config: TransformerConfig, **place) -> MoE:

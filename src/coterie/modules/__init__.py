@@ -4,6 +4,7 @@ from coterie.modules.attention import Attention
 from coterie.modules.experts import Experts
 from coterie.modules.gated_mlp import GatedMLP
 from coterie.modules.latent_attention import LatentAttention
+from coterie.modules.linear_attention import LinearAttention
 from coterie.modules.lora import (
     adapter_names,
     add_lora,
@@ -24,6 +25,7 @@ __all__ = [
     "Experts",
     "GatedMLP",
     "LatentAttention",
+    "LinearAttention",
     "MoE",
     "RMSNorm",
     "RotaryEmbedding",

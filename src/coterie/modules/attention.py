@@ -23,7 +23,8 @@ class Attention(nn.Module):
     3. with a cache: append k and v to it, and read back all there are so far
     4. y[h] = softmax(scale · q[h] · k[g]ᵀ, over positions that are not later and not padding) · v[g], where H/G
        consecutive query heads share a key/value head
-    5. output projection of the heads side by side
+    5. with `output_gate`: y[h] times σ(projection of x)
+    6. output projection of the heads side by side
 
     Args:
         dim: D.
@@ -34,9 +35,11 @@ class Attention(nn.Module):
             side by side (olmoe); None: none.
         qkv_bias: on the projections of queries, keys and values.
         output_bias: on the output projection.
+        output_gate: gate what every head reads (qwen3_next). The gate's rows stand in q_proj, each head's after its
+            queries', and share its bias.
         scale: None: P^-0.5.
         rotary_interleaved: the rotary embedding turns pairs of neighbouring channels.
-        norm_eps: of the q and k norms.
+        norm_eps, norm_zero_centered: of the q and k norms; see `RMSNorm`.
     """
 
     def __init__(
@@ -49,9 +52,11 @@ class Attention(nn.Module):
         qk_norm: str | None = None,
         qkv_bias: bool = False,
         output_bias: bool = False,
+        output_gate: bool = False,
         scale: float | None = None,
         rotary_interleaved: bool = False,
         norm_eps: float = 1e-6,
+        norm_zero_centered: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -70,20 +75,22 @@ class Attention(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.qk_norm = qk_norm
+        self.output_gate = output_gate
         self.scale = scale
         self.rotary_interleaved = rotary_interleaved
         kind = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=qkv_bias, **kind)
+        self.q_proj = nn.Linear(dim, (2 if output_gate else 1) * num_heads * head_dim, bias=qkv_bias, **kind)
         self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias, **kind)
         self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias, **kind)
         self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=output_bias, **kind)
         heads = (num_heads, num_kv_heads) if qk_norm == "all" else (1, 1)  # that a norm is over
+        kind["zero_centered"] = norm_zero_centered
         norms = [RMSNorm(count * head_dim, norm_eps, **kind) if qk_norm else None for count in heads]
         self.q_norm, self.k_norm = norms
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02, output_std: float | None = None) -> None:
-        """Weights normal(0, std), the output projection's normal(0, output_std or std), biases 0, norms 1."""
+        """Weights normal(0, std), the output projection's normal(0, output_std or std), biases 0; norms as new."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             init_normal(linear.weight, std)
             if linear.bias is not None:
@@ -127,6 +134,8 @@ class Attention(nn.Module):
         if token_mask is not None:
             x = without_padding(x, token_mask)
         queries, keys, values = self._project(x)
+        if self.output_gate:
+            queries, gate = (t.flatten(2) for t in queries.unflatten(-1, (self.num_heads, -1)).chunk(2, dim=-1))
         if self.qk_norm == "all":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in (queries, keys, values))  # [B, L, .., P]
@@ -138,11 +147,11 @@ class Attention(nn.Module):
         key_mask = token_mask
         if cache_layer is not None:
             keys, values, key_mask = cache_layer.append(keys, values, token_mask)
-        y = causal_attention(queries, keys, values, key_mask, self.scale)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        y = causal_attention(queries, keys, values, key_mask, self.scale).transpose(1, 2).flatten(2)
+        return self.o_proj(y * gate.sigmoid() if self.output_gate else y)
 
     def _project(self, x: Tensor) -> Sequence[Tensor]:
-        """[B, L, D] → queries [B, L, H·P], keys and values [B, L, G·P]."""
+        """[B, L, D] → queries [B, L, H·P], with the output's gate [B, L, H·2P]; keys and values [B, L, G·P]."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
@@ -271,3 +280,11 @@ class AttentionCache:
         self.length = end
         seen = None if self.token_mask is None else self.token_mask[:, :end]
         return self.keys[:, :, :end].to(keys.dtype), self.values[:, :, :end].to(values.dtype), seen
+
+    def snapshot(self) -> int:
+        """What `rollback` needs: the length alone, for what comes later is written behind it."""
+        return self.length
+
+    def rollback(self, snapshot: int) -> None:
+        """Forget what came after the snapshot."""
+        self.length = snapshot

@@ -14,6 +14,7 @@ from coterie.ops.linear_attention import (
     ssd,
 )
 from coterie.ops.routing import Routing, route_topk
+from coterie.ops.short_conv import short_conv
 
 __all__ = [
     "Routing",
@@ -30,6 +31,7 @@ __all__ = [
     "retention",
     "route_topk",
     "selection_bias_update",
+    "short_conv",
     "ssd",
     "z_loss",
 ]

@@ -32,10 +32,15 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, output_final_state: boo
 
 
 def retention(q: Tensor, k: Tensor, v: Tensor, *, output_final_state: bool = False, **settings):
-    """S ← γ_h S + k vᵀ with γ_h = 1 − 2^(−5−h), the paper's equation 8. q, k [B, L, H', P], v [B, L, H, V]."""
-    heads = torch.arange(v.shape[2], device=v.device, dtype=torch.float64)
-    g = torch.log1p(-torch.exp2(-5 - heads)).to(torch.promote_types(v.dtype, torch.float32))
+    """S ← γ_h S + k vᵀ with γ_h of `retention_decay`. q, k [B, L, H', P], v [B, L, H, V]."""
+    g = retention_decay(v.shape[2], device=v.device).to(torch.promote_types(v.dtype, torch.float32))
     return delta_rule(q, k, v, g.expand(v.shape[:3]), return_state=output_final_state, **settings)
+
+
+def retention_decay(num_heads: int, *, device: torch.device | str | None = None) -> Tensor:
+    """log γ_h = log(1 − 2^(−5−h)), the paper's equation 8: [H] float64."""
+    heads = torch.arange(num_heads, device=device, dtype=torch.float64)
+    return torch.log1p(-torch.exp2(-5 - heads))
 
 
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, output_final_state: bool = False, **settings):

@@ -12,14 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie.models import Transformer, TransformerConfig
 from coterie.modules.attention import Attention
 from coterie.modules.latent_attention import LatentAttention
+from coterie.modules.linear_attention import LinearAttention
 from coterie.modules.moe import MoE
 from coterie.modules.router import TopKRouter
 from coterie.report.table import format_table, human_bytes, human_count
+
+# At which `format_cost` says how much of a cache is state.
+_CACHE_LENGTHS = (1024, 4096, 65536)
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,13 @@ class LayerCost:
         params: parameters. A tied head has none of its own but the norm's.
         active_params: those that act on a token: all but the experts it is not routed to.
         flops: per token, 2 · multiply-adds of the forward pass's matrix products, as the mean over a causal sequence
-            of the given length: a token attends to (L + 1) / 2 others on average. Norms, softmax, activations and the
-            embedding's lookup are not counted.
+            of the given length: a token attends to (L + 1) / 2 others on average, and linear attention edits and reads
+            its state once, as it does token by token. Norms, softmax, activations and the embedding's lookup are not
+            counted.
         weight_bytes: read per token when one sequence is decoded; of the embedding one row, of a tied head all of it.
         cache_bytes: that one more token adds to the cache.
+        state_bytes: that a sequence takes in the cache whatever its length: linear attention's state and the tokens its
+            convolution has still to see.
         saved_bytes: kept for backward per token of the training forward, without the loss; parameters, and buffers
             of the model, are not counted, and what several operations share is counted once, where it is first kept.
     """
@@ -47,6 +55,7 @@ class LayerCost:
     flops: float
     weight_bytes: int
     cache_bytes: int
+    state_bytes: int
     saved_bytes: float
 
 
@@ -75,12 +84,15 @@ class ModelCost:
         length: tokens per sequence, L.
         dtype: of parameters, cache and activations, as "float32".
         break_even: of the model's MoE layers, or None if there are none.
+        full_attention_cache_bytes: what one more token would add to the cache if every linear attention were full
+            attention; total.cache_bytes if there is none.
     """
 
     layers: tuple[LayerCost, ...]
     length: int
     dtype: str
     break_even: BreakEven | None
+    full_attention_cache_bytes: int
 
     @property
     def total(self) -> LayerCost:
@@ -96,6 +108,7 @@ class ModelCost:
             "layers": [asdict(layer) for layer in self.layers],
             "total": asdict(self.total),
             "break_even": asdict(self.break_even) if self.break_even else None,
+            "full_attention_cache_bytes": self.full_attention_cache_bytes,
         }
 
 
@@ -121,7 +134,7 @@ def model_cost(
     with FakeTensorMode():
         _fake_cpu(model)
         parts = _parts(model)
-        with saved_for_backward(model, {name: modules for name, _, modules in parts}) as saved:
+        with saved_for_backward(model, {name: modules for name, _, modules in parts}) as saved, _WithoutData():
             output = model(torch.zeros(1, length, dtype=torch.int64))
         del output
         layers, seen = [], set()
@@ -138,8 +151,44 @@ def model_cost(
                 read += config.vocab_size * config.dim
                 flops += 2 * config.vocab_size * config.dim
             cache = size * sum(_cache_elements(module) for module in modules)
-            layers.append(LayerCost(name, kind, params, active, flops, size * read, cache, saved[name] / length))
-        return ModelCost(tuple(layers), length, str(dtype).removeprefix("torch."), _break_even(model))
+            state = sum(module.new_cache(1).nbytes for module in modules if isinstance(module, LinearAttention))
+            costs = params, active, flops, size * read, cache, state, saved[name] / length
+            layers.append(LayerCost(name, kind, *costs))
+        return ModelCost(
+            tuple(layers),
+            length,
+            str(dtype).removeprefix("torch."),
+            _break_even(model),
+            sum(layer.cache_bytes for layer in layers)
+            + config.layer_mixers.count("linear_attention") * size * _attention_cache_elements(config),
+        )
+
+
+class _WithoutData(TorchDispatchMode):
+    """Answers, for tensors without data, what linear attention asks of them.
+
+    A decay is not above 0, for `delta_rule` checks that. And how many states it keeps for backward is its own affair,
+    said in no shape: it is run on heads of width 1 for it, once for all layers alike.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[tuple, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return False
+        if func is torch.ops.coterie.delta_rule.default:
+            *inputs, states, _, scale, chunk = args
+            shapes = tuple(None if t is None else (*t.shape[:2], *(1 for _ in t.shape[2:])) for t in inputs)
+            if shapes not in self._kept:
+                with unset_fake_temporarily():
+                    narrow = [None if shape is None else torch.zeros(shape) for shape in shapes]
+                    state, ends = torch.zeros(1, states.shape[1], 1, 1), torch.tensor([[0, shapes[0][0]]])
+                    self._kept[shapes] = len(func(*narrow, state, ends, scale, chunk)[2])
+            v, kept = inputs[2], self._kept[shapes]
+            return v.new_empty(v.shape), states.new_empty(states.shape), states.new_empty(kept, *states.shape[1:])
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -187,24 +236,30 @@ def saved_for_backward(model: nn.Module, parts: Mapping[str, list[nn.Module]]) -
 
 def format_cost(cost: ModelCost) -> str:
     """The table of `coterie inspect`: equal layers in one row, then what the MoE layers break even with."""
+    columns = ["params", "active_params", "flops", "weight_bytes", "cache_bytes", "state_bytes"]
+    titles = ["params", "active", "FLOPs", "weights read", "cache", "state"]
+    if not cost.total.state_bytes:
+        del columns[-1], titles[-1]
     groups: dict[tuple, list[LayerCost]] = {}
     for layer in cost.layers:
         # Not by saved bytes: what all layers share, the rotary's table, is counted where it is kept first.
-        numbers = (layer.kind, layer.params, layer.active_params, layer.flops, layer.weight_bytes, layer.cache_bytes)
-        groups.setdefault(numbers, []).append(layer)
+        groups.setdefault((layer.kind, *(getattr(layer, name) for name in columns)), []).append(layer)
     rows = []
     for (kind, *numbers), group in groups.items():
         saved = sum(layer.saved_bytes for layer in group) / len(group)
         rows.append([f"{kind} × {len(group)}" if len(group) > 1 else kind, *_cells(*numbers, saved)])
     total = cost.total
-    numbers = (total.params, total.active_params, total.flops, total.weight_bytes, total.cache_bytes)
-    rows.append(["all layers", *_cells(*numbers, total.saved_bytes)])
-    header = ["one layer", "params", "active", "FLOPs", "weights read", "cache", "saved"]
-    text = format_table(header, rows, rules=[len(rows) - 1])
+    rows.append(["all layers", *_cells(*(getattr(total, name) for name in columns), total.saved_bytes)])
+    text = format_table(["one layer", *titles, "saved"], rows, rules=[len(rows) - 1])
     text += (
         f"\n\nFLOPs, bytes read and cached (one sequence decoded) and bytes saved for backward are per token,"
         f"\nat length {cost.length} in {cost.dtype}."
     )
+    if total.state_bytes:
+        text += (
+            "\nA state is kept per sequence, whatever its length. So a sequence's cache, per token, is\n\n"
+            + _format_cache(cost)
+        )
     if cost.break_even is not None:
         even = cost.break_even
         text += (
@@ -228,9 +283,17 @@ def _fake_cpu(model: nn.Module) -> None:
                     own[name] = fakes[id(tensor)]
 
 
-def _cells(params, active_params, flops, weight_bytes, cache_bytes, saved_bytes) -> list[str]:
-    counts = [human_count(number) for number in (params, active_params, flops)]
-    return counts + [human_bytes(number) for number in (weight_bytes, cache_bytes, saved_bytes)]
+def _cells(params, active_params, flops, *sizes) -> list[str]:
+    return [human_count(number) for number in (params, active_params, flops)] + [human_bytes(size) for size in sizes]
+
+
+def _format_cache(cost: ModelCost) -> str:
+    """Bytes of cache per token at several lengths, beside those of full attention in every layer."""
+    rows, full = [], cost.full_attention_cache_bytes
+    for length in _CACHE_LENGTHS:
+        own = cost.total.cache_bytes + cost.total.state_bytes / length
+        rows.append([f"{length:,}", human_bytes(own), human_bytes(full), f"{own / full:.2f} ×"])
+    return format_table(["at length", "this model", "full attention", "this : full"], rows)
 
 
 def _parts(model: Transformer) -> list[tuple[str, str, list[nn.Module]]]:
@@ -279,6 +342,12 @@ def _flops(module: nn.Module, length: int) -> float:
         elif isinstance(part, Attention):
             # Scores and their use, each H · P per key; (L + 1) / 2 keys in the mean over a causal sequence.
             flops += 2 * 2 * part.num_heads * part.head_dim * (length + 1) / 2
+        elif isinstance(part, LinearAttention):
+            flops += 2 * part.num_heads * part.head_dim * part.value_dim * (1 + part.num_edits)  # read, and written
+            if part.beta_proj is not None:
+                flops += 2 * part.num_heads * part.head_dim * part.value_dim * part.num_edits  # what stood there
+            if part.conv_weight is not None:
+                flops += 2 * part.conv_weight.numel()
         elif isinstance(part, LatentAttention):
             flops += 2 * part.num_heads * (part.head_dim + part.value_dim) * (length + 1) / 2
     return flops
@@ -293,6 +362,11 @@ def _cache_elements(module: nn.Module) -> int:
         elif isinstance(part, LatentAttention):
             elements += part.kv_rank + part.rotary_dim
     return elements
+
+
+def _attention_cache_elements(config: TransformerConfig) -> int:
+    """The same for a layer of attention, were there one."""
+    return 2 * (config.num_kv_heads or config.num_heads) * (config.head_dim or config.dim // config.num_heads)
 
 
 def _break_even(model: Transformer) -> BreakEven | None:
