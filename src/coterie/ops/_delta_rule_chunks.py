@@ -66,10 +66,9 @@ class Plan:
 
     def spans(self, heads: int) -> Iterator["Span"]:
         """Runs of steps that are worked on together."""
-        room = _SPAN_ROWS // (heads * self.index.shape[1])
         first, sizes = 0, []
         for chunks in self.steps:
-            if len(sizes) >= _SPAN_STEPS and sum(sizes) + chunks > room:
+            if sizes and len(sizes) >= _span_steps(sizes[0], heads, self.index.shape[1]):
                 yield self._span(first, sizes, heads)
                 first, sizes = first + sum(sizes), []
             sizes.append(chunks)
@@ -108,6 +107,17 @@ class Span:
             is_token = tokens >= 0
             rows, tokens = rows[is_token], tokens[is_token]
         total.index_copy_(0, tokens, rows)
+
+
+def _span_steps(chunks: int, heads: int, chunk: int) -> int:
+    """How many steps are worked on together, the first being of so many chunks."""
+    return torch.sym_max(_SPAN_STEPS, _SPAN_ROWS // (heads * chunk * chunks))
+
+
+def num_kept(sequences: int, length: int, heads: int, chunk: int) -> int:
+    """How many states forward keeps for backward, of sequences that are all of one length."""
+    steps = -(-length // chunk)
+    return sequences * heads * -(-steps // _span_steps(sequences, heads, chunk))
 
 
 def make_plan(bounds: Sequence[tuple[int, int]], chunk: int, device: torch.device) -> Plan:
@@ -182,9 +192,10 @@ def _needs_exact_triangles(inputs: Inputs) -> bool:
 
 
 class _Edit(NamedTuple):
-    """Where units read, e [Y, C, P], and what decays meanwhile."""
+    """Where units read, e [Y, C, P]; A [Y, C, C]; and what decays meanwhile."""
 
     erase: Tensor | None
+    a: Tensor | None
     decay: Decay
 
 
@@ -194,10 +205,9 @@ def _terms(inputs: Inputs, exact: bool) -> tuple[Terms, _Edit]:
     decay = Decay.of(g)
     if beta is not None:
         erase, z = k * beta.unsqueeze(-1), z * beta.unsqueeze(-1)
-    triangle = None
+    a = None
     if erase is not None:
-        left, right = (t.double() if exact and t.device.type != "mps" else t for t in (erase, k))
-        triangle = _inverse(decay.multiply(left, right))
+        a = decay.multiply(*(t.double() if exact and t.device.type != "mps" else t for t in (erase, k)))
     terms = Terms(
         z=z,
         q=decay.since_start(q),
@@ -205,9 +215,9 @@ def _terms(inputs: Inputs, exact: bool) -> tuple[Terms, _Edit]:
         m=decay.multiply(q, k),
         last=decay.whole,
         erase=None if erase is None else decay.since_start(erase),
-        triangle=triangle,
+        triangle=None if a is None else _inverse(a),
     )
-    return terms, _Edit(erase, decay)
+    return terms, _Edit(erase, a, decay)
 
 
 def _advance(state: Tensor, terms: Terms, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -268,19 +278,21 @@ def _through_states(rows: Tensor, terms: Terms, steps: Sequence[int], state: Ten
 def _input_grads(inputs: Inputs, edit: _Edit, terms: Terms, grads: Terms) -> Inputs:
     """The gradients to the inputs [Y, C, ..] from those to the terms, which are not kept."""
     q, k, v, g, _, beta = inputs
-    erase, decay = edit
+    erase, a, decay = edit
     grad_q, grad_k, grad_v = decay.since_start(grads.q), decay.until_end(grads.k), grads.z
     grad_erase = grad_g = grad_beta = None
-    to_ends = None if g is None else (k * grad_k).sum(1)
-    decay.multiply_backward(grads.m.tril_(), q, k, grad_q, grad_k)
     if erase is not None:
         grad_erase = decay.since_start(grads.erase)
-        decay.multiply_backward(grads.triangle.tril_(-1), erase, k, grad_erase, grad_k)
     if g is not None:
-        to_rows = (q * grad_q).addcmul_(k, grad_k, value=-1)
+        since, until = q * grad_q, k * grad_k
         if erase is not None:
-            to_rows.addcmul_(erase, grad_erase)
-        grad_g = decay.backward(to_rows, to_ends, grads.last)
+            since.addcmul_(erase, grad_erase)
+    inside = decay.multiply_backward(grads.m.tril_(), terms.m, q, k, grad_q, grad_k)
+    if erase is not None:
+        more = decay.multiply_backward(grads.triangle.tril_(-1), a.to(k.dtype), erase, k, grad_erase, grad_k)
+        inside = inside if more is None else inside.add_(more)
+    if g is not None:
+        grad_g = decay.backward(since, until, grads.last, inside)
     if beta is not None:
         beta = beta.unsqueeze(-1)
         grad_beta = (grad_erase * k).sum(-1) + (grad_v * v).sum(-1)

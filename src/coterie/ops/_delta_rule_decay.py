@@ -34,10 +34,16 @@ class Decay:
         """[Y, C, C]: Σ_p left_ip k_jp exp(G_ip − G_jp) for i ≥ j, else 0."""
         return torch.bmm(left, k.mT).tril_()
 
-    def multiply_backward(self, grad: Tensor, left: Tensor, k: Tensor, grad_left: Tensor, grad_k: Tensor) -> None:
-        """Adds the gradients to left and k to the last two; grad is 0 for i < j, and is not kept."""
+    def multiply_backward(
+        self, grad: Tensor, products: Tensor, left: Tensor, k: Tensor, grad_left: Tensor, grad_k: Tensor
+    ) -> Tensor | None:
+        """Adds the gradients to left and k to the last two, and returns what `backward` wants of that to G.
+
+        grad: to the products; 0 for i < j, and not kept.
+        """
         grad_left.baddbmm_(grad, k)
         grad_k.baddbmm_(grad.mT, left)
+        return None
 
 
 class _SomeDecay(Decay):
@@ -60,15 +66,25 @@ class _SomeDecay(Decay):
     def _exp(self, log: Tensor) -> Tensor:
         return log.to(self._dtype).exp()
 
-    def backward(self, to_rows: Tensor, to_ends: Tensor, to_whole: Tensor) -> Tensor:
-        """The gradient to g: from those to G [Y, C, P], to G_C [Y, P], and to `whole`, [Y, 1 or P, 1]."""
-        to_total, to_ends = self._summed(to_rows), self._summed(to_ends)
-        to_total[:, -1] += to_ends + (self.whole * to_whole).squeeze(-1)
-        return to_total.flip(1).cumsum(1).flip(1).masked_fill_(self._is_clamped, 0.0)
+    def backward(self, since: Tensor, until: Tensor, to_whole: Tensor, inside: Tensor) -> Tensor:
+        """The gradient to g: whatever decayed at a token has a part in it, and nothing else, so that none cancels.
+
+        since: rows ⊙ their gradients of all `since_start`, [Y, C, P]: those of the token and later ones count.
+        until: the same of `until_end`: those of earlier ones count.
+        to_whole: the gradient to `whole`, [Y, 1 or P, 1].
+        inside: the sum of what `multiply_backward` returned.
+        """
+        since, until = self._summed(since), self._summed(until)
+        grad = since.flip(1).cumsum(1).flip(1) + (until.cumsum(1) - until) + (self.whole * to_whole).mT
+        return grad.add_(self._inside(inside)).masked_fill_(self._is_clamped, 0.0)
 
     def _summed(self, t: Tensor) -> Tensor:
         """Over what one decay is for."""
         return t
+
+    def _inside(self, t: Tensor) -> Tensor:
+        """From what is inside a chunk, [Y, C, 1 or P]."""
+        return t.flip(1).cumsum(1).flip(1)
 
 
 class _DecayOfHeads(_SomeDecay):
@@ -82,14 +98,23 @@ class _DecayOfHeads(_SomeDecay):
     def multiply(self, left: Tensor, k: Tensor) -> Tensor:
         return torch.bmm(left, k.mT).mul_(self._between)
 
-    def multiply_backward(self, grad: Tensor, left: Tensor, k: Tensor, grad_left: Tensor, grad_k: Tensor) -> None:
-        super().multiply_backward(grad.mul_(self._between), left, k, grad_left, grad_k)
+    def multiply_backward(
+        self, grad: Tensor, products: Tensor, left: Tensor, k: Tensor, grad_left: Tensor, grad_k: Tensor
+    ) -> Tensor:
+        to_logs = grad * products  # G_i − G_j
+        super().multiply_backward(grad.mul_(self._between), products, left, k, grad_left, grad_k)
+        return to_logs
 
-    def backward(self, to_rows: Tensor, to_ends: Tensor, to_whole: Tensor) -> Tensor:
-        return super().backward(to_rows, to_ends, to_whole).squeeze(-1)
+    def backward(self, since: Tensor, until: Tensor, to_whole: Tensor, inside: Tensor) -> Tensor:
+        return super().backward(since, until, to_whole, inside).squeeze(-1)
 
     def _summed(self, t: Tensor) -> Tensor:
         return t.sum(-1, keepdim=True)
+
+    def _inside(self, t: Tensor) -> Tensor:
+        """The decay of token t is in G_i − G_j for i ≥ t > j."""
+        from_here_on = torch.ones(t.shape[1:], dtype=t.dtype, device=t.device).triu_()
+        return (from_here_on @ t).tril_(-1).sum(-1, keepdim=True)
 
 
 class _DecayOfChannels(_SomeDecay):
@@ -105,15 +130,21 @@ class _DecayOfChannels(_SomeDecay):
                 products[:, here, here] = ((pairs * near.unsqueeze(1)) @ rows.unsqueeze(-1)).squeeze(-1)
         return products.tril_()
 
-    def multiply_backward(self, grad: Tensor, left: Tensor, k: Tensor, grad_left: Tensor, grad_k: Tensor) -> None:
+    def multiply_backward(
+        self, grad: Tensor, products: Tensor, left: Tensor, k: Tensor, grad_left: Tensor, grad_k: Tensor
+    ) -> Tensor:
+        to_left, to_k = torch.zeros_like(left), torch.zeros_like(k)
         for here, since, until, pairs in self._blocks:
             rows, near, seen = left[:, here], k[:, here], slice(0, until.shape[1])
             to_seen, inside = grad[:, here, seen], grad[:, here, here].unsqueeze(-1)
-            grad_left[:, here] += torch.bmm(to_seen, k[:, seen] * until).mul_(since)
-            grad_k[:, seen] += torch.bmm(to_seen.mT, rows * since).mul_(until)
+            to_left[:, here] += torch.bmm(to_seen, k[:, seen] * until).mul_(since)
+            to_k[:, seen] += torch.bmm(to_seen.mT, rows * since).mul_(until)
             if pairs is not None:
-                grad_left[:, here] += (inside * pairs * near.unsqueeze(1)).sum(2)
-                grad_k[:, here] += (inside * pairs * rows.unsqueeze(2)).sum(1)
+                to_left[:, here] += (inside * pairs * near.unsqueeze(1)).sum(2)
+                to_k[:, here] += (inside * pairs * rows.unsqueeze(2)).sum(1)
+        grad_left += to_left
+        grad_k += to_k
+        return (left * to_left).addcmul_(k, to_k, value=-1)
 
     @cached_property
     def _blocks(self) -> list[tuple[slice, Tensor, Tensor, Tensor | None]]:

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from coterie.ops import _delta_rule_chunks as chunks
 from coterie.ops._arguments import check_tensor, choose_impl
@@ -71,10 +72,13 @@ def delta_rule(
     heads, value_width = v.shape[2:]
     if token_mask is not None:
         q, k, v, g, erase, beta = (t if t is None else _masked(t, token_mask) for t in (q, k, v, g, erase, beta))
-    bounds = _bounds(batch, length, cu_seqlens)
+    if cu_seqlens is not None:
+        bounds = _bounds(length, cu_seqlens)
     if initial_state is None:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        initial_state = q.new_zeros(len(bounds), heads, key_width, value_width, dtype=dtype)
+        initial_state = q.new_zeros(
+            batch if cu_seqlens is None else len(bounds), heads, key_width, value_width, dtype=dtype
+        )
     elif initial_state.dtype != torch.float64:
         initial_state = initial_state.float()
     scale = key_width**-0.5 if scale is None else float(scale)
@@ -85,16 +89,20 @@ def delta_rule(
     elif impl == "reference" or (cu_seqlens is None and length <= _FEW_TOKENS):
         o, state = _recurrent(inputs, initial_state, scale)
     else:
-        ends = torch.tensor(bounds, dtype=torch.int64).view(-1, 2)
-        chunk_size = chunk_size or (32 if q.device.type == "cpu" else 64)
         flat = (t if t is None else t.flatten(0, 1) for t in inputs)
-        o, state, _ = _op(*flat, initial_state, ends, scale, chunk_size)
+        ends = None if cu_seqlens is None else torch.tensor(bounds)
+        o, state, _ = _op(*flat, initial_state, ends, scale, chunk_size or (32 if q.device.type == "cpu" else 64))
         o = o.unflatten(0, (batch, length))
     return o, state if return_state else None
 
 
 def _recurrent(inputs: Inputs, states: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The rule as it stands above, of inputs [B, L, ..]."""
+    with torch.autocast(states.device.type, enabled=False):
+        return _steps(inputs, states, scale)
+
+
+def _steps(inputs: Inputs, states: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, length, heads, value_width = inputs.v.shape
     dtype = states.dtype
 
@@ -135,13 +143,16 @@ def _op(
     erase: Tensor | None,
     beta: Tensor | None,
     states: Tensor,
-    bounds: Tensor,
+    ends: Tensor | None,
     scale: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the states at the ends of the sequences, and what backward keeps of those in between."""
+    """o, the states at the ends of the sequences, and what backward keeps of those in between.
+
+    ends: [number of sequences, 2], the first token of each and the one after its last; None: all are of one length.
+    """
     with torch.autocast(q.device.type, enabled=False):
-        plan = chunks.make_plan(bounds.tolist(), chunk, q.device)
+        plan = _plan(ends, len(states), len(q), chunk, q.device)
         return chunks.forward(Inputs(q, k, v, g, erase, beta), states, plan, scale)
 
 
@@ -156,44 +167,55 @@ def _op_backward(
     erase: Tensor | None,
     beta: Tensor | None,
     kept: Tensor,
-    bounds: Tensor,
+    ends: Tensor | None,
     scale: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to q, k, v, g, erase, beta (empty for None) and to the states."""
     with torch.autocast(q.device.type, enabled=False):
-        plan = chunks.make_plan(bounds.tolist(), chunk, q.device)
+        plan = _plan(ends, len(grad_states), len(q), chunk, q.device)
         grads, grad_initial = chunks.backward(grad, grad_states, Inputs(q, k, v, g, erase, beta), kept, plan, scale)
         return *(q.new_empty(0) if t is None else t for t in grads), grad_initial
 
 
+def _plan(ends: Tensor | None, sequences: int, tokens: int, chunk: int, device: torch.device) -> chunks.Plan:
+    if ends is None:
+        length = tokens // max(sequences, 1)
+        return chunks.make_plan([(b * length, (b + 1) * length) for b in range(sequences)], chunk, device)
+    return chunks.make_plan(ends.tolist(), chunk, device)
+
+
 @_op.register_fake
-def _(q, k, v, g, erase, beta, states, bounds, scale, chunk):
-    kept = torch.library.get_ctx().new_dynamic_size()
+def _(q, k, v, g, erase, beta, states, ends, scale, chunk):
+    sequences, heads = states.shape[:2]
+    if ends is None:
+        kept = chunks.num_kept(sequences, q.shape[0] // sequences, heads, chunk)
+    else:
+        kept = torch.library.get_ctx().new_dynamic_size()
     return v.new_empty(v.shape), states.new_empty(states.shape), states.new_empty(kept, *states.shape[2:])
 
 
 @_op_backward.register_fake
-def _(grad, grad_states, q, k, v, g, erase, beta, kept, bounds, scale, chunk):
+def _(grad, grad_states, q, k, v, g, erase, beta, kept, ends, scale, chunk):
     grads = (q.new_empty(0 if t is None else t.shape) for t in (q, k, v, g, erase, beta))
     return *grads, grad_states.new_empty(grad_states.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, _, bounds, ctx.scale, ctx.chunk = inputs
+    *tensors, _, ends, ctx.scale, ctx.chunk = inputs
     _, states, kept = output
-    ctx.save_for_backward(*tensors, kept, bounds)
+    ctx.save_for_backward(*tensors, kept, ends)
     ctx.states = states.shape, states.dtype
 
 
 def _backward(ctx, grad, grad_states, _):
-    *tensors, kept, bounds = ctx.saved_tensors
+    *tensors, kept, ends = ctx.saved_tensors
     shape, dtype = ctx.states
     if grad is None:
         grad = torch.zeros_like(tensors[2])
     if grad_states is None:
         grad_states = grad.new_zeros(shape, dtype=dtype)
-    grads = _op_backward(grad, grad_states, *tensors, kept, bounds, ctx.scale, ctx.chunk)
+    grads = _op_backward(grad, grad_states, *tensors, kept, ends, ctx.scale, ctx.chunk)
     needed = ctx.needs_input_grad
     return *(g if needed[i] else None for i, g in enumerate(grads)), None, None, None
 
@@ -205,9 +227,7 @@ def _masked(t: Tensor, token_mask: Tensor) -> Tensor:
     return t.masked_fill(~token_mask.view(*token_mask.shape, *[1] * (t.dim() - 2)), 0.0)
 
 
-def _bounds(batch: int, length: int, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
-    if cu_seqlens is None:
-        return [(b * length, (b + 1) * length) for b in range(batch)]
+def _bounds(length: int, cu_seqlens: Tensor) -> list[tuple[int, int]]:
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != length or any(a > b for a, b in pairwise(ends)):
         raise ValueError(f"cu_seqlens must go from 0 to L = {length} and never down, got {ends}")
@@ -225,7 +245,9 @@ def _check(q, k, v, g, erase, beta, initial_state, cu_seqlens, token_mask, chunk
         per_channel = isinstance(g, Tensor) and g.dim() == 4
         shape, letters = ((key_width,), ", P") if per_channel else ((), "")
         check_tensor("g", g, (batch, length, heads, *shape), f"[B, L, H{letters}]")
-        if g.device.type == "cpu" and not torch.compiler.is_compiling() and g.numel() and (g > 0).any():
+        # Of a subclass, a fake tensor among others, there may be no data.
+        is_known = type(g) in (Tensor, Parameter) and g.device.type == "cpu" and not torch.compiler.is_compiling()
+        if is_known and (g > 0).any():
             raise ValueError(f"g is the log of a decay and must be at most 0, got {g.max().item()}")
     if erase is not None:
         own = erase.shape[2] if isinstance(erase, Tensor) and erase.dim() == 4 else heads

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coterie.models import Transformer, TransformerConfig
 from coterie.modules.attention import Attention
@@ -134,7 +133,7 @@ def model_cost(
     with FakeTensorMode():
         _fake_cpu(model)
         parts = _parts(model)
-        with saved_for_backward(model, {name: modules for name, _, modules in parts}) as saved, _WithoutData():
+        with saved_for_backward(model, {name: modules for name, _, modules in parts}) as saved:
             output = model(torch.zeros(1, length, dtype=torch.int64))
         del output
         layers, seen = [], set()
@@ -162,33 +161,6 @@ def model_cost(
             sum(layer.cache_bytes for layer in layers)
             + config.layer_mixers.count("linear_attention") * size * _attention_cache_elements(config),
         )
-
-
-class _WithoutData(TorchDispatchMode):
-    """Answers, for tensors without data, what linear attention asks of them.
-
-    A decay is not above 0, for `delta_rule` checks that. And how many states it keeps for backward is its own affair,
-    said in no shape: it is run on heads of width 1 for it, once for all layers alike.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._kept: dict[tuple, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return False
-        if func is torch.ops.coterie.delta_rule.default:
-            *inputs, states, _, scale, chunk = args
-            shapes = tuple(None if t is None else (*t.shape[:2], *(1 for _ in t.shape[2:])) for t in inputs)
-            if shapes not in self._kept:
-                with unset_fake_temporarily():
-                    narrow = [None if shape is None else torch.zeros(shape) for shape in shapes]
-                    state, ends = torch.zeros(1, states.shape[1], 1, 1), torch.tensor([[0, shapes[0][0]]])
-                    self._kept[shapes] = len(func(*narrow, state, ends, scale, chunk)[2])
-            v, kept = inputs[2], self._kept[shapes]
-            return v.new_empty(v.shape), states.new_empty(states.shape), states.new_empty(kept, *states.shape[1:])
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
