@@ -190,7 +190,7 @@ def occupancy(target: str, registers: int, shared: int, columns: int, num_warps:
     return blocks * num_warps
 
 
-def faults(compiled: Compiled, target: str, must_use_tensor_cores: bool) -> list[str]:
+def faults(compiled: Compiled, target: str, must_use_tensor_cores: bool, may_spill: bool) -> list[str]:
     """Sentences; none if all is well.
 
     must_use_tensor_cores: below 64 rows Triton takes the older mma.sync on sm_90 and sm_100, as no wider instruction is
@@ -199,9 +199,9 @@ def faults(compiled: Compiled, target: str, must_use_tensor_cores: bool) -> list
     if compiled.error is not None:
         return [f"does not compile: {compiled.error}"]
     limits, found = LIMITS[target], []
-    if compiled.spilled:
+    if compiled.spilled and not may_spill:
         found.append(f"spills {compiled.spilled} bytes")
-    if compiled.stack:
+    if compiled.stack and not may_spill:
         found.append(f"has {compiled.stack} bytes of stack")
     if compiled.shared > limits.block_shared:
         found.append(f"wants {_kib(compiled.shared)} of shared memory, but there are {_kib(limits.block_shared)}")

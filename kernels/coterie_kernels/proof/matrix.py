@@ -50,7 +50,7 @@ class Compile:
         results = []
         with tqdm(total=len(jobs), desc=f"Triton {triton.__version__}", unit="kernel", disable=None) as progress:
             for job, compiled in _compiled(jobs, self.workers):
-                results.append(Result(job, compiled, faults(compiled, job.target, job.multiplies)))
+                results.append(Result(job, compiled, faults(compiled, job.target, job.multiplies, job.may_spill)))
                 progress.update()
         results.sort(key=lambda result: result.job.order)
         print(_table(results))
@@ -79,7 +79,8 @@ class Compile:
                     for launch in launches:
                         launched.add(launch.name)
                         is_dot = launch.name in entry.multiplies
-                        job = Job(len(jobs), target, dtype, f"{entry.name}, {example.label}", launch, is_dot)
+                        label = f"{entry.name}, {example.label}"
+                        job = Job(len(jobs), target, dtype, label, launch, is_dot, example.may_spill)
                         jobs.setdefault(launch.key(target), job)
             if not self.quick:
                 absent = set(entry.multiplies) - launched
@@ -101,7 +102,7 @@ class Compile:
 
 @dataclass(frozen=True)
 class Job:
-    """multiplies: it must use tensor cores."""
+    """multiplies: it must use tensor cores. may_spill: in the one example, the first, that it is compiled for."""
 
     order: int
     target: str
@@ -109,6 +110,7 @@ class Job:
     example: str
     launch: Launch
     multiplies: bool
+    may_spill: bool
 
     @property
     def kernel(self) -> str:
