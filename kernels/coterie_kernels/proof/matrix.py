@@ -96,6 +96,7 @@ class Compile:
         ]
         if not self.quick:
             return iter(every)
+        every = [(dtype, example) for dtype, example in every if not example.may_spill]
         first = TARGETS.index(target)  # each target takes others, so that together they reach more
         return iter(every[(2 * first + 1) * len(every) // 8 :][:1])
 
