@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coterie.modules import Attention, GatedMLP, LinearAttention, RMSNorm, RotaryEmbedding
@@ -40,7 +41,7 @@ MIXERS = {
 
 
 class Model(nn.Module):
-    """Embedding, layers of short convolution, mixer and MLP, and the head: [B, L] ids → [B, L, vocabulary] logits.
+    """Embedding, layers of short convolution, mixer and MLP, and the head, which is the embedding: [B, L] ids → [B, L, vocabulary] logits.
 
     Every mixer has the convolution before it, as in Zoology: with it, attention need not find out first which token
     came before.
@@ -50,7 +51,8 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, DIM)
         self.layers = nn.ModuleList(_Layer(kind, mixer.settings) for kind in mixer.layers)
-        self.norm, self.head = RMSNorm(DIM), nn.Linear(DIM, vocab_size, bias=False)
+        nn.init.normal_(self.embedding.weight, std=DIM**-0.5)
+        self.norm = RMSNorm(DIM)
         self.rotary = RotaryEmbedding(DIM // NUM_HEADS)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class Model(nn.Module):
         rotary = self.rotary(torch.arange(ids.shape[1]))
         for layer in self.layers:
             x = layer(x, rotary)
-        return self.head(self.norm(x))
+        return F.linear(self.norm(x), self.embedding.weight)
 
 
 class _Layer(nn.Module):
@@ -69,6 +71,8 @@ class _Layer(nn.Module):
         linear = {"short_conv": 0, **settings}
         self.mixer = LinearAttention(DIM, NUM_HEADS, **linear) if kind == "linear" else Attention(DIM, NUM_HEADS)
         self.mlp = GatedMLP(DIM, 2 * DIM)
+        for part in (self.mixer, self.mlp):
+            part.reset_parameters(DIM**-0.5)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         x = x + short_conv(self.norms[0](x), self.conv)[0]
