@@ -260,7 +260,7 @@ def test_bytes_kept_for_backward():
         ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens must go from 0 to L = 20"),
         ({"token_mask": torch.ones(1, 20)}, TypeError, "token_mask must be torch.bool"),
         ({"chunk_size": 24}, ValueError, "chunk_size must be a power of two and at least 16, got 24"),
-        ({"impl": "fast"}, ValueError, "impl must be one of 'reference', 'torch', got 'fast'"),
+        ({"impl": "fast"}, ValueError, "impl must be one of 'reference', 'torch', 'triton', got 'fast'"),
     ],
 )
 def test_wrong_arguments_are_named(impl, wrong, error, message):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from coterie.ops import _delta_rule_chunks as chunks
+from coterie.ops import _delta_rule_triton
 from coterie.ops._arguments import check_tensor, choose_impl
 from coterie.ops._delta_rule_chunks import Inputs
 
@@ -55,7 +56,8 @@ def delta_rule(
         token_mask: [B, L] bool; False is padding, whatever it contains: it changes no state, and its output is 0.
         chunk_size: how many tokens impl="torch" takes at once, 16 · a power of two.
         return_state: whether the state is wanted.
-        impl: "reference" (token by token, any dtype, twice differentiable) | "torch" (chunk by chunk).
+        impl: "reference" (token by token, any dtype, twice differentiable) | "torch" (chunk by chunk) | "triton" (the
+            same in kernels, float16, bfloat16 and float32, P up to 256). None: triton on a GPU, else torch.
 
     Returns:
         o [B, L, H, V] in v's dtype, and the state [B, H, P, V] (packed: one per sequence) in float32, float64 for
@@ -66,7 +68,7 @@ def delta_rule(
         TypeError: a dtype is.
     """
     check_tensor("q", q, (None, None, None, None), "[B, L, H', P]")
-    impl = choose_impl(impl, q, ("reference", "torch"))
+    impl = choose_impl(impl, q)
     _check(q, k, v, g, erase, beta, initial_state, cu_seqlens, token_mask, chunk_size)
     batch, length, _, key_width = q.shape
     heads, value_width = v.shape[2:]
@@ -80,6 +82,9 @@ def delta_rule(
         initial_state = initial_state.float()
     scale = key_width**-0.5 if scale is None else float(scale)
     flat = Inputs(*(t if t is None else t.flatten(0, 1) for t in (q, k, v, g, erase, beta)))
+    if impl == "triton":
+        o, state, *_ = _delta_rule_triton.delta_rule(*flat, initial_state.float(), cu_seqlens, scale)
+        return o.unflatten(0, (batch, length)), state if return_state else None
     few = cu_seqlens is None and length <= _FEW_TOKENS
     if impl == "reference" or few:
         o, state = _recurrent(flat, initial_state, bounds, scale)

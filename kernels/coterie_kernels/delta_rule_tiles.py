@@ -1,0 +1,98 @@
+"""Tile sizes of `delta_rule`'s kernels, in the form of `coterie_kernels.tiles`, whose table they become a part of.
+
+| kernel | class | sizes |
+|---|---|---|
+| delta_chunk | P up to | tokens of a chunk |
+| delta_prepare | P up to | depth, warps, stages |
+| delta_forward, delta_backward | P up to | columns of V, warps, stages |
+| delta_gradients | P up to | width of P, columns of V, warps, stages |
+
+A state [P, columns] in float32 stays in a program's registers: wider tiles spill nearly everywhere.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+_P = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class DeltaTiles:
+    """Of one call; launch settings beside what a program takes."""
+
+    chunk: int
+    prepare: dict[str, int | bool]
+    forward: dict[str, int | bool]
+    backward: dict[str, int | bool]
+    gradients: dict[str, int | bool]
+
+
+def _half_precision(stages: int) -> dict[str, dict]:
+    return {
+        "delta_chunk": dict.fromkeys(_P, (64,)) | {256: (32,)},
+        "delta_prepare": {up_to: (min(up_to, 64), 1, 1) for up_to in _P},
+        "delta_forward": dict.fromkeys(_P, (32, 4, stages)),
+        "delta_backward": dict.fromkeys(_P, (32, 4, stages)),
+        "delta_gradients": {up_to: (min(up_to, 32), 32, 4, stages) for up_to in _P},
+    }
+
+
+def _float32(stages: int) -> dict[str, dict]:
+    kernels = {
+        "delta_chunk": dict.fromkeys(_P, (32,)) | {128: (16,), 256: (16,)},
+        "delta_prepare": {up_to: (min(up_to, 32), 1, 1) for up_to in _P},
+        "delta_forward": dict.fromkeys(_P, (16, 4, stages)),
+        "delta_backward": dict.fromkeys(_P, (16, 4, stages)),
+        "delta_gradients": {up_to: (min(up_to, 32), 32, 4, stages) for up_to in _P},
+    }
+    return {f"float32 {name}": classes for name, classes in kernels.items()}
+
+
+DELTA_RULE_TILES = {
+    "sm_80": _half_precision(2) | _float32(1),
+    "sm_90": _half_precision(2) | _float32(1),
+    "sm_100": _half_precision(2) | _float32(1),
+    "gfx942": _half_precision(1) | _float32(1),
+}
+
+
+def delta_rule_tiles(kernels: dict[str, dict], dtype: torch.dtype, key_width: int, value_width: int) -> DeltaTiles:
+    """From a target's table.
+
+    Raises:
+        ValueError: keys are wider than any class.
+    """
+    prefix = "float32 " if dtype == torch.float32 else ""
+    classes = [up_to for up_to in kernels[prefix + "delta_chunk"] if up_to >= key_width]
+    if not classes:
+        raise ValueError(f"keys may have {max(kernels[prefix + 'delta_chunk'])} channels at most, got {key_width}")
+    width = min(classes)
+    sizes = {
+        kernel: kernels[f"{prefix}delta_{kernel}"][width]
+        for kernel in ("chunk", "prepare", "forward", "backward", "gradients")
+    }
+    (chunk,) = sizes["chunk"]
+    columns = {kernel: _at_most(sizes[kernel][-3], value_width) for kernel in ("forward", "backward", "gradients")}
+    state = {"CHUNK": chunk, "WIDTH": max(16, width)}
+    return DeltaTiles(
+        chunk,
+        {"CHUNK": chunk, "DEPTH": sizes["prepare"][0]} | _options(sizes["prepare"]),
+        state | {"COLUMNS": columns["forward"]} | _options(sizes["forward"]),
+        state | {"COLUMNS": columns["backward"]} | _options(sizes["backward"]),
+        {"CHUNK": chunk, "WIDTH": sizes["gradients"][0], "COLUMNS": columns["gradients"]}
+        | _options(sizes["gradients"]),
+    )
+
+
+def _at_most(columns: int, value_width: int) -> int:
+    """No wider than V, but at least the 16 that a product takes."""
+    while columns > 16 and columns // 2 >= value_width:
+        columns //= 2
+    return columns
+
+
+def _options(sizes: tuple[int, ...]) -> dict[str, int | bool]:
+    """enable_fp_fusion: as Triton from 3.10 on no longer has it by itself."""
+    *_, warps, stages = sizes
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
