@@ -4,9 +4,11 @@ import triton
 import triton.language as tl
 
 from coterie_kernels.delta_rule_chunks import (
+    add_dot,
     decay_between,
     decay_since_start,
     decay_until_end,
+    dot_finely,
     dot_solved,
     load_rows,
     load_state,
@@ -57,6 +59,7 @@ def backward_kernel(
     both directions are one launch. Written: grad_z [N, H, V]; the gradients to the states after, and the states before,
     each chunk [slots, H, P, V]; delta [N, H, V], if something is erased (else it is v); and the first gradient to a state.
     """
+    ERASES: tl.constexpr = solved_ptr is not None
     TILES: tl.constexpr = tl.cdiv(V, COLUMNS)
     state = (tl.program_id(0) // TILES).to(tl.int64)
     sequence, head = state // HEADS, state % HEADS
@@ -87,13 +90,15 @@ def backward_kernel(
             grad_state = grad_state * load_whole(whole_ptr, place, width, P)[:, None]
         if m_ptr is None:
             m = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            m = (m * decay_between(total_ptr, place, 0, 0, CHUNK, CHUNK, CHUNK, PARTS)).to(k.dtype)
+            m = m * decay_between(total_ptr, place, 0, 0, CHUNK, CHUNK, CHUNK, PARTS)
         else:
-            m = load_triangle(m_ptr, place, CHUNK)
-        grad_z = tl.dot(tl.trans(m), grad, input_precision=PRECISION) * scale + written
-        grad_state = tl.dot(tl.trans(q), read.to(q.dtype), grad_state, input_precision=PRECISION)
-        if solved_ptr is not None:
-            grad_z = dot_solved(tl.trans(load_triangle(solved_ptr, place, CHUNK)), grad_z, PRECISION)
+            m = load_triangle(m_ptr, place, CHUNK).to(tl.float32)
+        grad_state = add_dot(tl.trans(q), read, grad_state, ERASES, PRECISION)
+        if not ERASES:
+            grad_z = tl.dot(tl.trans(m.to(k.dtype)), grad, input_precision=PRECISION) * scale + written
+        else:
+            grad_z = dot_finely(tl.trans(m), grad.to(tl.float32), k.dtype, PRECISION) * scale + written
+            grad_z = dot_solved(tl.trans(load_triangle(solved_ptr, place, CHUNK)), grad_z, k.dtype, PRECISION)
             held = -grad_z
             if total_ptr is not None:
                 held = held * since_start[:, None]
@@ -104,7 +109,7 @@ def backward_kernel(
             else:
                 erase = load_rows(erase_ptr, token, is_token, head // (HEADS // ERASE_HEADS), width, ERASE_HEADS, P)
                 erase = erase.to(k.dtype)
-            grad_state = tl.dot(tl.trans(erase), held.to(k.dtype), grad_state, input_precision=PRECISION)
+            grad_state = add_dot(tl.trans(erase), held, grad_state, ERASES, PRECISION)
         store_rows(grad_z_ptr, grad_z, token, is_token, head, column, HEADS, V)
     store_state(grad_before_ptr, grad_state, state, width, column, P, V)
 
@@ -122,4 +127,4 @@ def backward_kernel(
         )  # fmt: skip
         if delta_ptr is not None:
             store_rows(delta_ptr, delta, token, is_token, head, column, HEADS, V)
-        values = advance(values, k, delta, total_ptr, whole_ptr, place, width, P, CHUNK, PARTS, PRECISION)
+        values = advance(values, k, delta, total_ptr, whole_ptr, place, width, P, CHUNK, PARTS, ERASES, PRECISION)

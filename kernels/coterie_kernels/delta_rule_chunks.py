@@ -154,15 +154,48 @@ def load_triangle(ptr, place, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def dot_solved(solved, rows, PRECISION: tl.constexpr):
-    """solved [C, C] · rows [C, n] float32, in float32.
+def dot_solved(solved, rows, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """solved [C, C] · rows [C, n] float32, in float32, for inputs of `dtype`.
 
     A triangle of 16-bit inputs is float16 whatever they are: where keys are alike its rounding is what errs, and it
-    has 11 bits instead of 8. The other operand is brought into float16's range column by column.
+    has 11 bits instead of 8.
     """
     if solved.dtype == tl.float32:
         return tl.dot(solved, rows, input_precision=PRECISION)
     else:
-        peak = tl.max(tl.abs(rows), 0)
-        peak = tl.where(peak > 0, peak, 1.0)
-        return tl.dot(solved, (rows / peak[None, :]).to(solved.dtype)) * peak[None, :]
+        scaled, peak = scaled_by_peak(rows, 0)
+        nothing = tl.zeros([solved.shape[0], rows.shape[1]], tl.float32)
+        return add_dot(solved, scaled, nothing, dtype == tl.float16, PRECISION) * peak[None, :]
+
+
+@triton.jit
+def dot_finely(left, right, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """left · right, float32 both and the result, with operands of 11 bits where `dtype` is one of 16 bits."""
+    if dtype == tl.float32:
+        return tl.dot(left, right, input_precision=PRECISION)
+    else:
+        left, row_peak = scaled_by_peak(left, 1)
+        right, column_peak = scaled_by_peak(right, 0)
+        return tl.dot(left.to(tl.float16), right.to(tl.float16)) * row_peak[:, None] * column_peak[None, :]
+
+
+@triton.jit
+def scaled_by_peak(values, AXIS: tl.constexpr):
+    """values = scaled · peak, the largest along the axis: float16 has the bits that are wanted, but not the range."""
+    peak = tl.max(tl.abs(values), AXIS)
+    peak = tl.where(peak > 0, peak, 1.0)
+    return values / tl.expand_dims(peak, AXIS), peak
+
+
+@triton.jit
+def add_dot(left, right, total, FINELY: tl.constexpr, PRECISION: tl.constexpr):
+    """total + left · right, right and total float32; FINELY: what left's dtype rounds off of right is multiplied too.
+
+    What is written to a state and mostly erased again leaves its roundings there.
+    """
+    high = right.to(left.dtype)
+    total = tl.dot(left, high, total, input_precision=PRECISION)
+    if FINELY and left.dtype != tl.float32:
+        low = (right - high.to(tl.float32)).to(left.dtype)
+        total = tl.dot(left, low, total, input_precision=PRECISION)
+    return total

@@ -4,9 +4,11 @@ import triton
 import triton.language as tl
 
 from coterie_kernels.delta_rule_chunks import (
+    add_dot,
     decay_between,
     decay_since_start,
     decay_until_end,
+    dot_finely,
     dot_solved,
     load_rows,
     load_state,
@@ -50,6 +52,7 @@ def forward_kernel(
     A decay per head is a factor of rows: it goes to the float32 side of each product, and 16-bit operands stay as they
     were read. With one per channel (whole_ptr, exp G_C) q, k, erase and M come as Q̃, K̂, Ẽ and M, and total_ptr is None.
     """
+    ERASES: tl.constexpr = solved_ptr is not None
     TILES: tl.constexpr = tl.cdiv(V, COLUMNS)
     state = (tl.program_id(0) // TILES).to(tl.int64)
     sequence, head = state // HEADS, state % HEADS
@@ -69,15 +72,18 @@ def forward_kernel(
         )  # fmt: skip
         if m_ptr is None:
             m = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            m = (m * decay_between(total_ptr, place, 0, 0, CHUNK, CHUNK, CHUNK, PARTS)).to(k.dtype)
+            m = m * decay_between(total_ptr, place, 0, 0, CHUNK, CHUNK, CHUNK, PARTS)
         else:
-            m = load_triangle(m_ptr, place, CHUNK)
+            m = load_triangle(m_ptr, place, CHUNK).to(tl.float32)
         o = tl.dot(q, narrow, input_precision=PRECISION)
         if total_ptr is not None:
             o = o * decay_since_start(total_ptr, place, CHUNK, PARTS)[:, None]
-        o = tl.dot(m, delta.to(k.dtype), o, input_precision=PRECISION) * scale
+        if ERASES:
+            o = (o + dot_finely(m, delta, k.dtype, PRECISION)) * scale
+        else:
+            o = tl.dot(m.to(k.dtype), delta.to(k.dtype), o, input_precision=PRECISION) * scale
         store_rows(o_ptr, o, token, is_token, head, column, HEADS, V)
-        values = advance(values, k, delta, total_ptr, whole_ptr, place, width, P, CHUNK, PARTS, PRECISION)
+        values = advance(values, k, delta, total_ptr, whole_ptr, place, width, P, CHUNK, PARTS, ERASES, PRECISION)
     store_state(after_ptr, values, state, width, column, P, V)
 
 
@@ -120,7 +126,7 @@ def chunk_edits(
         change = v - held
         if beta_ptr is not None:
             change = change * load_beta(beta_ptr, token, is_token, head, HEADS)[:, None]
-        return dot_solved(load_triangle(solved_ptr, place, CHUNK), change, PRECISION)
+        return dot_solved(load_triangle(solved_ptr, place, CHUNK), change, k.dtype, PRECISION)
 
 
 @triton.jit
@@ -135,6 +141,7 @@ def advance(
     P: tl.constexpr,
     CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
+    ERASES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The state [P, COLUMNS] after a chunk, from that before."""
@@ -144,7 +151,7 @@ def advance(
         state = state * whole
     if whole_ptr is not None:
         state = state * load_whole(whole_ptr, place, width, P)[:, None]
-    return tl.dot(tl.trans(k), delta.to(k.dtype), state, input_precision=PRECISION)
+    return add_dot(tl.trans(k), delta, state, ERASES, PRECISION)
 
 
 @triton.jit

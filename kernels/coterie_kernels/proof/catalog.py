@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie_kernels import combine, expert_mlp, grouped_matmul, routing, sort
+from coterie_kernels import combine, delta_rule, expert_mlp, grouped_matmul, routing, sort
 from coterie_kernels.tiles import TILES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -214,6 +214,69 @@ def _matrix_routing(target: str, dtype: torch.dtype) -> Iterator[Example]:
                 yield Example(label, lambda a=sizes, s=more: run_routing(*a, **s))
 
 
+def run_delta_rule(
+    ends: Sequence[int] | None,
+    sequences: int,
+    length: int,
+    heads: tuple[int, int],
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    edit: str,
+    decay: str,
+) -> list[Tensor | None]:
+    """Forward and backward; heads: of values and of keys; edit: "none", "beta", "erase"; decay: "none", "heads",
+    "channels". ends: of packed sequences."""
+    (heads, key_heads), (key_width, value_width) = heads, widths
+    tokens = sequences * length if ends is None else ends[-1]
+    q, k, erase = (_randn(tokens, key_heads, key_width, dtype=dtype, seed=seed) / key_width**0.5 for seed in (1, 2, 3))
+    v, grad = (_randn(tokens, heads, value_width, dtype=dtype, seed=seed) for seed in (4, 5))
+    channels = (key_width,) if decay == "channels" else ()
+    g = None if decay == "none" else -_randn(tokens, heads, *channels, dtype=torch.float32, seed=6).abs()
+    beta = _randn(tokens, heads, dtype=dtype, seed=7).sigmoid() if edit == "beta" else None
+    edits = (g, erase if edit == "erase" else None, beta)
+    states = len(ends) - 1 if ends is not None else sequences
+    before, grad_after = (
+        _randn(states, heads, key_width, value_width, dtype=torch.float32, seed=seed) for seed in (8, 9)
+    )
+    ends = None if ends is None else torch.tensor(ends)
+    scale = key_width**-0.5
+    o, after, *kept = delta_rule.forward(q, k, v, *edits, before, ends, scale)
+    grads = delta_rule.backward(grad, grad_after, q, k, v, *edits, before, ends, *kept, scale)
+    return [o, after, *grads]
+
+
+_EDITS, _DECAYS = ("none", "beta", "erase"), ("none", "heads")
+
+
+def _small_delta_rule() -> Iterator[Example]:
+    packed = [0, 7, 7, 40, 41, 75]
+    for edit in _EDITS:
+        for decay in _DECAYS:
+            more = {"edit": edit, "decay": decay}
+            for label, ends, sizes in (
+                ("packed", packed, (0, 0, (2, 1), (9, 5), torch.bfloat16)),
+                ("several tiles", None, (2, 37, (2, 2), (33, 35), torch.float32)),
+            ):
+                name = f"{label}, {edit}, decay {decay}"
+                yield Example(name, lambda e=ends, a=sizes, m=more: run_delta_rule(e, *a, **m))
+    more = {"edit": "beta", "decay": "heads"}
+    yield Example("no token", lambda: run_delta_rule(None, 2, 0, (2, 1), (9, 5), torch.bfloat16, **more))
+    yield Example("float16", lambda: run_delta_rule(None, 1, 70, (1, 1), (20, 20), torch.float16, **more))
+
+
+def _matrix_delta_rule(target: str, dtype: torch.dtype) -> Iterator[Example]:
+    """float16 compiles nearly as bfloat16 does, and float32 at fewer widths: a few of each have to be enough."""
+    for width in {torch.bfloat16: (16, 32, 64, 128, 256)}.get(dtype, (64, 128)):
+        for edit in _EDITS:
+            for decay in _DECAYS:
+                more = {"edit": edit, "decay": decay}
+                packed = edit == "erase"
+                sizes = (None if not packed else [0, 100, 128], 1, 128, (2, 1 if packed else 2), (width, width), dtype)
+                label = f"P = V = {width}, {edit}, decay {decay}" + ", packed" * packed
+                yield Example(label, lambda a=sizes, m=more: run_delta_rule(*a, **m))
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -227,5 +290,11 @@ CATALOG = (
         _small_expert_mlp,
         _matrix_expert_mlp,
         ("forward_kernel", "backward_kernel", "multiply_mlp_columns", "_multiply_rows"),
+    ),
+    Entry(
+        "delta_rule",
+        _small_delta_rule,
+        _matrix_delta_rule,
+        ("forward_kernel", "backward_kernel", "gradients_kernel"),
     ),
 )
