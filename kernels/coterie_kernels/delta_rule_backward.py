@@ -31,7 +31,7 @@ def backward_kernel(
     beta_ptr,
     ends_ptr,
     total_ptr,
-    whole_ptr,
+    channels_ptr,
     m_ptr,
     solved_ptr,
     before_ptr,
@@ -86,8 +86,8 @@ def backward_kernel(
             written = written * until_end[:, None]
             read = read * since_start[:, None]
             grad_state = grad_state * whole
-        if whole_ptr is not None:
-            grad_state = grad_state * load_whole(whole_ptr, place, width, P)[:, None]
+        if channels_ptr is not None:
+            grad_state = grad_state * load_whole(channels_ptr, place, width, P, CHUNK, PARTS)[:, None]
         if m_ptr is None:
             m = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             m = m * decay_between(total_ptr, place, 0, 0, CHUNK, CHUNK, CHUNK, PARTS)
@@ -127,4 +127,4 @@ def backward_kernel(
         )  # fmt: skip
         if delta_ptr is not None:
             store_rows(delta_ptr, delta, token, is_token, head, column, HEADS, V)
-        values = advance(values, k, delta, total_ptr, whole_ptr, place, width, P, CHUNK, PARTS, ERASES, PRECISION)
+        values = advance(values, k, delta, total_ptr, channels_ptr, place, width, P, CHUNK, PARTS, ERASES, PRECISION)

@@ -28,7 +28,7 @@ def forward_kernel(
     beta_ptr,
     ends_ptr,
     total_ptr,
-    whole_ptr,
+    channels_ptr,
     m_ptr,
     solved_ptr,
     before_ptr,
@@ -50,7 +50,7 @@ def forward_kernel(
     """R = Z − Ẽ S, Δ = T R, O = Q̃ S + M Δ, S ← exp(G_C) S + K̂ᵀ Δ, with S [P, COLUMNS] in registers.
 
     A decay per head is a factor of rows: it goes to the float32 side of each product, and 16-bit operands stay as they
-    were read. With one per channel (whole_ptr, exp G_C) q, k, erase and M come as Q̃, K̂, Ẽ and M, and total_ptr is None.
+    were read. With one per channel (channels_ptr, its G) q, k, erase and M come as Q̃, K̂, Ẽ and M, and total_ptr is None.
     """
     ERASES: tl.constexpr = solved_ptr is not None
     TILES: tl.constexpr = tl.cdiv(V, COLUMNS)
@@ -83,7 +83,7 @@ def forward_kernel(
         else:
             o = tl.dot(m.to(k.dtype), delta.to(k.dtype), o, input_precision=PRECISION) * scale
         store_rows(o_ptr, o, token, is_token, head, column, HEADS, V)
-        values = advance(values, k, delta, total_ptr, whole_ptr, place, width, P, CHUNK, PARTS, ERASES, PRECISION)
+        values = advance(values, k, delta, total_ptr, channels_ptr, place, width, P, CHUNK, PARTS, ERASES, PRECISION)
     store_state(after_ptr, values, state, width, column, P, V)
 
 
@@ -135,7 +135,7 @@ def advance(
     k,
     delta,
     total_ptr,
-    whole_ptr,
+    channels_ptr,
     place,
     width,
     P: tl.constexpr,
@@ -149,15 +149,19 @@ def advance(
         until_end, whole = decay_until_end(total_ptr, place, CHUNK, PARTS)
         delta = delta * until_end[:, None]
         state = state * whole
-    if whole_ptr is not None:
-        state = state * load_whole(whole_ptr, place, width, P)[:, None]
+    if channels_ptr is not None:
+        state = state * load_whole(channels_ptr, place, width, P, CHUNK, PARTS)[:, None]
     return add_dot(tl.trans(k), delta, state, ERASES, PRECISION)
 
 
 @triton.jit
-def load_whole(whole_ptr, place, width, P: tl.constexpr):
+def load_whole(channels_ptr, place, width, P: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr):
     """exp G_C of each channel."""
-    return tl.load(whole_ptr + place * P + width, mask=width < P, other=0.0)
+    last = channels_ptr + place * (PARTS * CHUNK * P) + (CHUNK - 1) * P + width
+    total = tl.load(last, mask=width < P, other=0.0)
+    if PARTS == 2:
+        total += tl.load(last + CHUNK * P, mask=width < P, other=0.0)
+    return tl.exp(total)
 
 
 @triton.jit

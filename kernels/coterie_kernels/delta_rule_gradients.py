@@ -68,24 +68,12 @@ def gradients_kernel(
     key_head = head // (HEADS // KEY_HEADS)
     dtype = k_ptr.dtype.element_ty
 
+    grad_m, grad_a, grad_beta = triangle_gradients(
+        grad_ptr, v_ptr, beta_ptr, grad_z_ptr, delta_ptr, grad_v_ptr, token, is_token, head,
+        HEADS, V, CHUNK, ERASES, COLUMNS, PRECISION,
+    )  # fmt: skip
     if beta_ptr is not None:
         beta = load_beta(beta_ptr, token, is_token, head, HEADS)
-        grad_beta = tl.zeros([CHUNK], tl.float32)
-    grad_m = tl.zeros([CHUNK, CHUNK], tl.float32)
-    grad_a = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for start in range(0, V, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        grad = load_rows(grad_ptr, token, is_token, head, column, HEADS, V)
-        delta = tl.trans(load_rows(delta_ptr, token, is_token, head, column, HEADS, V))
-        grad_m = tl.dot(grad, delta, grad_m, input_precision=PRECISION)
-        if ERASES:
-            grad_z = load_rows(grad_z_ptr, token, is_token, head, column, HEADS, V)
-            grad_a = tl.dot(grad_z, delta, grad_a, input_precision=PRECISION)
-            if beta_ptr is not None:
-                v = load_rows(v_ptr, token, is_token, head, column, HEADS, V).to(tl.float32)
-                grad_z = grad_z.to(tl.float32)
-                grad_beta += tl.sum(grad_z * v, 1)
-                store_rows(grad_v_ptr, grad_z * beta[:, None], token, is_token, head, column, HEADS, V)
     between = decay_between(total_ptr, place, 0, 0, CHUNK, CHUNK, CHUNK, PARTS)
     grad_m = (grad_m * between * scale).to(dtype)
     grad_a = (-grad_a * tl.where(row[:, None] > row[None, :], between, 0.0)).to(dtype)
@@ -156,3 +144,42 @@ def gradients_kernel(
         g = tl.load(g_ptr + token * HEADS + head, mask=is_token, other=0.0).to(tl.float32)
         grad_g = tl.where(g < LEAST_DECAY, 0.0, tl.cumsum(grad_total, 0, reverse=True) + last)
         tl.store(grad_g_ptr + token * HEADS + head, grad_g.to(grad_g_ptr.dtype.element_ty), mask=is_token)
+
+
+@triton.jit
+def triangle_gradients(
+    grad_ptr,
+    v_ptr,
+    beta_ptr,
+    grad_z_ptr,
+    delta_ptr,
+    grad_v_ptr,
+    token,
+    is_token,
+    head,
+    HEADS: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ERASES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dO Δᵀ, dR Δᵀ, and ⟨dZ, v⟩ [C]; with beta, stores the gradient to v."""
+    grad_m = tl.zeros([CHUNK, CHUNK], tl.float32)
+    grad_a = tl.zeros([CHUNK, CHUNK], tl.float32)
+    grad_beta = tl.zeros([CHUNK], tl.float32)
+    for start in range(0, V, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        grad = load_rows(grad_ptr, token, is_token, head, column, HEADS, V)
+        delta = tl.trans(load_rows(delta_ptr, token, is_token, head, column, HEADS, V))
+        grad_m = tl.dot(grad, delta, grad_m, input_precision=PRECISION)
+        if ERASES:
+            grad_z = load_rows(grad_z_ptr, token, is_token, head, column, HEADS, V)
+            grad_a = tl.dot(grad_z, delta, grad_a, input_precision=PRECISION)
+            if beta_ptr is not None:
+                v = load_rows(v_ptr, token, is_token, head, column, HEADS, V).to(tl.float32)
+                grad_z = grad_z.to(tl.float32)
+                grad_beta += tl.sum(grad_z * v, 1)
+                beta = load_beta(beta_ptr, token, is_token, head, HEADS)
+                store_rows(grad_v_ptr, grad_z * beta[:, None], token, is_token, head, column, HEADS, V)
+    return grad_m, grad_a, grad_beta

@@ -47,7 +47,7 @@ def prepare_kernel(
         row = tl.arange(0, CHUNK)
         token = first + row
         g = tl.load(g_ptr + token * HEADS + head, mask=token < stop, other=0.0).to(tl.float32)
-        store_total(total_ptr + place * (PARTS * CHUNK) + row, tl.maximum(g, LEAST_DECAY), CHUNK, PARTS)
+        store_total(total_ptr + place * (PARTS * CHUNK) + row, tl.maximum(g, LEAST_DECAY), CHUNK, row >= 0, PARTS)
         tl.debug_barrier()  # rows of it are read again as others' threads need them
     if solved_ptr is not None:
         _invert(
@@ -57,15 +57,15 @@ def prepare_kernel(
 
 
 @triton.jit
-def store_total(place, g, LOW: tl.constexpr, PARTS: tl.constexpr):
+def store_total(place, g, LOW: tl.constexpr, mask, PARTS: tl.constexpr):
     """The sums of g over the first axis; what float32 rounds off goes LOW elements further on if PARTS is 2."""
     if PARTS == 1:
-        tl.store(place, tl.cumsum(g, 0))
+        tl.store(place, tl.cumsum(g, 0), mask=mask)
     else:
         total = tl.cumsum(g.to(tl.float64), 0)
         high = total.to(tl.float32)
-        tl.store(place, high)
-        tl.store(place + LOW, (total - high.to(tl.float64)).to(tl.float32))
+        tl.store(place, high, mask=mask)
+        tl.store(place + LOW, (total - high.to(tl.float64)).to(tl.float32), mask=mask)
 
 
 @triton.jit

@@ -6,6 +6,7 @@
 | delta_prepare | P up to | depth, warps, stages |
 | delta_forward, delta_backward | P up to | columns of V, warps, stages |
 | delta_gradients | P up to | width of P, columns of V, warps, stages |
+| delta_prepare_channels, delta_channel_gradients | P up to | as of those of a decay per head; the width is all of P |
 
 A state [P, columns] in float32 stays in a program's registers: wider tiles spill nearly everywhere.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 _P = (16, 32, 64, 128, 256)
+_KERNELS = ("chunk", "prepare", "forward", "backward", "gradients", "prepare_channels", "channel_gradients")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class DeltaTiles:
     forward: dict[str, int | bool]
     backward: dict[str, int | bool]
     gradients: dict[str, int | bool]
+    prepare_channels: dict[str, int | bool]
+    channel_gradients: dict[str, int | bool]
 
 
 def _half_precision(stages: int) -> dict[str, dict]:
@@ -35,6 +39,8 @@ def _half_precision(stages: int) -> dict[str, dict]:
         "delta_forward": dict.fromkeys(_P, (32, 4, stages)),
         "delta_backward": dict.fromkeys(_P, (32, 4, stages)),
         "delta_gradients": {up_to: (min(up_to, 32), 32, 4, stages) for up_to in _P},
+        "delta_prepare_channels": {up_to: (min(up_to, 32), 2, 1) for up_to in _P},
+        "delta_channel_gradients": {up_to: (up_to, 32, 4 if up_to < 128 else 8, 1) for up_to in _P},
     }
 
 
@@ -45,6 +51,8 @@ def _float32(stages: int) -> dict[str, dict]:
         "delta_forward": dict.fromkeys(_P, (16, 4, stages)),
         "delta_backward": dict.fromkeys(_P, (16, 4, stages)),
         "delta_gradients": {up_to: (min(up_to, 32), 32, 4, stages) for up_to in _P},
+        "delta_prepare_channels": {up_to: (min(up_to, 32), 2, 1) for up_to in _P},
+        "delta_channel_gradients": {up_to: (up_to, 32, 4 if up_to < 128 else 8, 1) for up_to in _P},
     }
     return {f"float32 {name}": classes for name, classes in kernels.items()}
 
@@ -68,21 +76,14 @@ def delta_rule_tiles(kernels: dict[str, dict], dtype: torch.dtype, key_width: in
     if not classes:
         raise ValueError(f"keys may have {max(kernels[prefix + 'delta_chunk'])} channels at most, got {key_width}")
     width = min(classes)
-    sizes = {
-        kernel: kernels[f"{prefix}delta_{kernel}"][width]
-        for kernel in ("chunk", "prepare", "forward", "backward", "gradients")
-    }
-    (chunk,) = sizes["chunk"]
-    columns = {kernel: _at_most(sizes[kernel][-3], value_width) for kernel in ("forward", "backward", "gradients")}
-    state = {"CHUNK": chunk, "WIDTH": max(16, width)}
-    return DeltaTiles(
-        chunk,
-        {"CHUNK": chunk, "DEPTH": sizes["prepare"][0]} | _options(sizes["prepare"]),
-        state | {"COLUMNS": columns["forward"]} | _options(sizes["forward"]),
-        state | {"COLUMNS": columns["backward"]} | _options(sizes["backward"]),
-        {"CHUNK": chunk, "WIDTH": sizes["gradients"][0], "COLUMNS": columns["gradients"]}
-        | _options(sizes["gradients"]),
-    )
+    sizes = {kernel: kernels[f"{prefix}delta_{kernel}"][width] for kernel in _KERNELS}
+    (chunk,) = sizes.pop("chunk")
+    settings = {kernel: {"CHUNK": chunk} | _settings(kernel, of_kernel) for kernel, of_kernel in sizes.items()}
+    for kernel in ("forward", "backward"):
+        settings[kernel]["WIDTH"] = width
+    for kernel in ("forward", "backward", "gradients", "channel_gradients"):
+        settings[kernel]["COLUMNS"] = _at_most(settings[kernel]["COLUMNS"], value_width)
+    return DeltaTiles(chunk, **settings)
 
 
 def _at_most(columns: int, value_width: int) -> int:
@@ -92,7 +93,10 @@ def _at_most(columns: int, value_width: int) -> int:
     return columns
 
 
-def _options(sizes: tuple[int, ...]) -> dict[str, int | bool]:
+def _settings(kernel: str, sizes: tuple[int, ...]) -> dict[str, int | bool]:
     """enable_fp_fusion: as Triton from 3.10 on no longer has it by itself."""
-    *_, warps, stages = sizes
-    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    names = {"prepare": ("DEPTH",), "forward": ("COLUMNS",), "backward": ("COLUMNS",)}
+    names["prepare_channels"] = names["prepare"]
+    *own, warps, stages = sizes
+    own = dict(zip(names.get(kernel, ("WIDTH", "COLUMNS")), own, strict=True))
+    return own | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
