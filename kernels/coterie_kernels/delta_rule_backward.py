@@ -89,16 +89,16 @@ def backward_kernel(
         if channels_ptr is not None:
             grad_state = grad_state * load_whole(channels_ptr, place, width, P, CHUNK, PARTS)[:, None]
         if m_ptr is None:
-            m = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            m = m * decay_between(total_ptr, place, 0, 0, CHUNK, CHUNK, CHUNK, PARTS)
+            m = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # transposed, as it is wanted
+            m = m * decay_between(total_ptr, place, 0, 0, CHUNK, CHUNK, CHUNK, PARTS, TRANSPOSED=True)
         else:
-            m = load_triangle(m_ptr, place, CHUNK).to(tl.float32)
+            m = load_triangle(m_ptr, place, CHUNK, TRANSPOSED=True).to(tl.float32)
         grad_state = add_dot(tl.trans(q), read, grad_state, ERASES, PRECISION)
         if not ERASES:
-            grad_z = tl.dot(tl.trans(m.to(k.dtype)), grad, input_precision=PRECISION) * scale + written
+            grad_z = tl.dot(m.to(k.dtype), grad, input_precision=PRECISION) * scale + written
         else:
-            grad_z = dot_finely(tl.trans(m), grad.to(tl.float32), k.dtype, PRECISION) * scale + written
-            grad_z = dot_solved(tl.trans(load_triangle(solved_ptr, place, CHUNK)), grad_z, k.dtype, PRECISION)
+            grad_z = dot_finely(m, grad.to(tl.float32), k.dtype, PRECISION) * scale + written
+            grad_z = dot_solved(load_triangle(solved_ptr, place, CHUNK, TRANSPOSED=True), grad_z, k.dtype, PRECISION)
             held = -grad_z
             if total_ptr is not None:
                 held = held * since_start[:, None]

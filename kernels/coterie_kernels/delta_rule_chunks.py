@@ -124,17 +124,22 @@ def decay_between(
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
 ):
-    """exp(G_i − G_j) of rows i and columns j where i ≥ j, else 0: never more than 1; total_ptr None: no decay."""
-    i, j = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
-    is_later = i[:, None] >= j[None, :]
+    """exp(G_i − G_j) of rows i and columns j where i ≥ j, else 0: never more than 1; total_ptr None: no decay.
+
+    TRANSPOSED: of rows j and columns i.
+    """
+    row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
+    SIGN: tl.constexpr = -1.0 if TRANSPOSED else 1.0
+    is_later = row[:, None] <= column[None, :] if TRANSPOSED else row[:, None] >= column[None, :]
     if total_ptr is None:
         return tl.where(is_later, 1.0, 0.0)
     else:
-        high_i, low_i = load_total(total_ptr, place, i, CHUNK, PARTS)
-        high_j, low_j = load_total(total_ptr, place, j, CHUNK, PARTS)
-        between = (high_i[:, None] - high_j[None, :]) + (low_i[:, None] - low_j[None, :])
-        return tl.exp(tl.where(is_later, between, float("-inf")))
+        high_row, low_row = load_total(total_ptr, place, row, CHUNK, PARTS)
+        high_column, low_column = load_total(total_ptr, place, column, CHUNK, PARTS)
+        between = (high_row[:, None] - high_column[None, :]) + (low_row[:, None] - low_column[None, :])
+        return tl.exp(tl.where(is_later, SIGN * between, float("-inf")))
 
 
 @triton.jit
@@ -147,9 +152,11 @@ def solved_place(ptr, place, i, j, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def load_triangle(ptr, place, CHUNK: tl.constexpr):
-    """[C, C], 0 above the diagonal's blocks."""
+def load_triangle(ptr, place, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """[C, C], 0 above the diagonal's blocks; below, if TRANSPOSED."""
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    if TRANSPOSED:
+        i, j = tl.arange(0, CHUNK)[None, :], tl.arange(0, CHUNK)[:, None]
     return tl.load(solved_place(ptr, place, i, j, CHUNK), mask=j < (i // BLOCK + 1) * BLOCK, other=0.0)
 
 

@@ -11,7 +11,9 @@
 A state [P, columns] in float32 stays in a program's registers: wider tiles spill nearly everywhere.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -32,8 +34,9 @@ class DeltaTiles:
     channel_gradients: dict[str, int | bool]
 
 
-def _half_precision(stages: int) -> dict[str, dict]:
-    return {
+def _half_precision(stages: int, others: Mapping[str, dict] = MappingProxyType({})) -> dict[str, dict]:
+    """What most entries are, but for the given ones."""
+    kernels = {
         "delta_chunk": dict.fromkeys(_P, (64,)) | {256: (32,)},
         "delta_prepare": {up_to: (min(up_to, 64), 1, 1) for up_to in _P},
         "delta_forward": dict.fromkeys(_P, (32, 4, stages)),
@@ -42,15 +45,16 @@ def _half_precision(stages: int) -> dict[str, dict]:
         "delta_prepare_channels": {up_to: (min(up_to, 32), 2, 1) for up_to in _P},
         "delta_channel_gradients": {up_to: (up_to, 32, 4 if up_to < 128 else 8, 1) for up_to in _P},
     }
+    return {name: classes | others.get(name, {}) for name, classes in kernels.items()}
 
 
 def _float32(stages: int) -> dict[str, dict]:
     kernels = {
-        "delta_chunk": dict.fromkeys(_P, (32,)) | {128: (16,), 256: (16,)},
+        "delta_chunk": dict.fromkeys(_P, (16,)),
         "delta_prepare": {up_to: (min(up_to, 32), 1, 1) for up_to in _P},
-        "delta_forward": dict.fromkeys(_P, (16, 4, stages)),
-        "delta_backward": dict.fromkeys(_P, (16, 4, stages)),
-        "delta_gradients": {up_to: (min(up_to, 32), 32, 4, stages) for up_to in _P},
+        "delta_forward": dict.fromkeys(_P, (16, 2, stages)),
+        "delta_backward": dict.fromkeys(_P, (16, 2, stages)),
+        "delta_gradients": {up_to: (min(up_to, 32), 32, 2, stages) for up_to in _P},
         "delta_prepare_channels": {up_to: (min(up_to, 32), 2, 1) for up_to in _P},
         "delta_channel_gradients": {up_to: (up_to, 32, 4 if up_to < 128 else 8, 1) for up_to in _P},
     }
@@ -58,7 +62,7 @@ def _float32(stages: int) -> dict[str, dict]:
 
 
 DELTA_RULE_TILES = {
-    "sm_80": _half_precision(2) | _float32(1),
+    "sm_80": _half_precision(2, {"delta_chunk": {128: (32,), 256: (16,)}}) | _float32(1),
     "sm_90": _half_precision(2) | _float32(1),
     "sm_100": _half_precision(2) | _float32(1),
     "gfx942": _half_precision(1) | _float32(1),

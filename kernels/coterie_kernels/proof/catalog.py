@@ -246,7 +246,7 @@ def run_delta_rule(
     return [o, after, *grads]
 
 
-_EDITS, _DECAYS = ("none", "beta", "erase"), ("none", "heads")
+_EDITS, _DECAYS = ("none", "beta", "erase"), ("none", "heads", "channels")
 
 
 def _small_delta_rule() -> Iterator[Example]:
@@ -295,6 +295,6 @@ CATALOG = (
         "delta_rule",
         _small_delta_rule,
         _matrix_delta_rule,
-        ("forward_kernel", "backward_kernel", "gradients_kernel"),
+        ("forward_kernel", "backward_kernel", "gradients_kernel", "channel_gradients_kernel"),
     ),
 )
