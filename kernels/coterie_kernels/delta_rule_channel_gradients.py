@@ -14,7 +14,7 @@ from coterie_kernels.delta_rule_chunks import (
     store_rows,
 )
 from coterie_kernels.delta_rule_forward import load_beta
-from coterie_kernels.delta_rule_gradients import triangle_gradients
+from coterie_kernels.delta_rule_gradients import beta_gradient, triangle_gradients
 from coterie_kernels.delta_rule_prepare import store_block
 
 
@@ -66,7 +66,7 @@ def channel_gradients_kernel(
         return
     place, row = slot * HEADS + head, tl.arange(0, CHUNK)
     token = first + row
-    grad_m, grad_a, of_v = triangle_gradients(
+    grad_m, grad_a, of_v, _ = triangle_gradients(
         grad_ptr, v_ptr, beta_ptr, grad_z_ptr, delta_ptr, grad_v_ptr, token, token < stop, head,
         HEADS, V, CHUNK, ERASES, COLUMNS, PRECISION,
     )  # fmt: skip
@@ -195,6 +195,7 @@ def _block_gradients(
 
     grad_q = tl.zeros([BLOCK, WIDTH], tl.float32)
     grad_erase = tl.zeros([BLOCK, WIDTH], tl.float32)
+    of_delta = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         state = tl.trans(load_state(states_ptr, place, width, column, P, V))
@@ -203,6 +204,8 @@ def _block_gradients(
         if ERASES:
             grad_z = load_rows(grad_z_ptr, token, is_token, head, column, HEADS, V)
             grad_erase = tl.dot(grad_z, state, grad_erase, input_precision=PRECISION)
+            delta = load_rows(delta_ptr, token, is_token, head, column, HEADS, V)
+            of_delta += tl.sum(grad_z.to(tl.float32) * delta.to(tl.float32), 1)
     since_start = tl.exp(high + low)
     grad_q *= scale * since_start
     grad_erase *= -since_start
@@ -273,8 +276,9 @@ def _block_gradients(
         if beta_ptr is not None:
             beta = load_beta(beta_ptr, token, is_token, head, HEADS)
             grad_k += grad_erase * beta[:, None]
-            of_beta = grad_beta_ptr + token * HEADS + head
-            tl.store(of_beta, tl.load(of_beta, mask=is_token, other=0.0) + tl.sum(grad_erase * k, 1), mask=is_token)
+            of_v = tl.load(grad_beta_ptr + token * HEADS + head, mask=is_token, other=0.0)
+            grad_beta = beta_gradient(beta, of_v + tl.sum(grad_erase * k, 1), of_delta)
+            tl.store(grad_beta_ptr + token * HEADS + head, grad_beta, mask=is_token)
         else:
             store_rows(grad_erase_ptr, grad_erase, token, is_token, head, width, HEADS, P)
     store_rows(grad_q_ptr, grad_q, token, is_token, head, width, HEADS, P)

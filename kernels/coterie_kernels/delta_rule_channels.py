@@ -69,17 +69,11 @@ def prepare_channels_kernel(
                 erase = load_rows(erase_ptr, token, is_token, head // (HEADS // ERASE_HEADS), depth, ERASE_HEADS, P)
                 erase = erase.to(tl.float32)
             store_rows(since_erase_ptr, erase * since_start, token, is_token, head, depth, HEADS, P)
-    _store_products(
-        q_ptr, k_ptr, total_ptr, m_ptr, first, stop, place, head, 0, CHUNK,
-        HEADS, KEY_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH, PRECISION,
+    left_ptr, LEFT_HEADS = k_ptr if erase_ptr is None else erase_ptr, KEY_HEADS if erase_ptr is None else ERASE_HEADS
+    _solve(
+        q_ptr, left_ptr, k_ptr, beta_ptr, total_ptr, m_ptr, solved_ptr, first, stop, place, head, 0, CHUNK,
+        HEADS, LEFT_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH, PRECISION,
     )  # fmt: skip
-    if solved_ptr is not None:
-        left_ptr = k_ptr if erase_ptr is None else erase_ptr
-        LEFT_HEADS: tl.constexpr = KEY_HEADS if erase_ptr is None else ERASE_HEADS
-        _invert_channels(
-            left_ptr, k_ptr, beta_ptr, total_ptr, solved_ptr, first, stop, place, head, 0, CHUNK,
-            HEADS, LEFT_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH, PRECISION,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -95,56 +89,13 @@ def load_channel_total(total_ptr, place, row, width, P: tl.constexpr, CHUNK: tl.
 
 
 @triton.jit
-def _store_products(
-    left_ptr,
-    k_ptr,
-    total_ptr,
-    products_ptr,
-    first,
-    stop,
-    place,
-    head,
-    ROW: tl.constexpr,
-    SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
-    LEFT_HEADS: tl.constexpr,
-    KEY_HEADS: tl.constexpr,
-    P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PARTS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Σ_p left_ip k_jp exp(G_ip − G_jp) where i ≥ j of the diagonal block from ROW on."""
-    if SIZE == BLOCK:
-        products = _within_block(
-            left_ptr, k_ptr, total_ptr, first, stop, place, head, ROW,
-            HEADS, LEFT_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH,
-        )  # fmt: skip
-        store_block(products_ptr, products, place, ROW, ROW, CHUNK)
-    else:
-        HALF: tl.constexpr = SIZE // 2
-        _store_products(
-            left_ptr, k_ptr, total_ptr, products_ptr, first, stop, place, head, ROW, HALF,
-            HEADS, LEFT_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH, PRECISION,
-        )  # fmt: skip
-        _store_products(
-            left_ptr, k_ptr, total_ptr, products_ptr, first, stop, place, head, ROW + HALF, HALF,
-            HEADS, LEFT_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH, PRECISION,
-        )  # fmt: skip
-        between = _between_blocks(
-            left_ptr, k_ptr, total_ptr, first, stop, place, head, ROW + HALF, ROW, HALF,
-            HEADS, LEFT_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH, PRECISION,
-        )  # fmt: skip
-        store_block(products_ptr, between, place, ROW + HALF, ROW, CHUNK)
-
-
-@triton.jit
-def _invert_channels(
-    left_ptr,
+def _solve(
+    q_ptr,
+    erase_ptr,
     k_ptr,
     beta_ptr,
     total_ptr,
+    m_ptr,
     solved_ptr,
     first,
     stop,
@@ -153,7 +104,7 @@ def _invert_channels(
     ROW: tl.constexpr,
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
-    LEFT_HEADS: tl.constexpr,
+    ERASE_HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     P: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -161,35 +112,43 @@ def _invert_channels(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """As `_invert` of a decay per head."""
+    """Stores M's diagonal block from ROW on and, if something is erased, that of T, as `_invert` of a decay per head."""
     if SIZE == BLOCK:
-        a = _within_block(
-            left_ptr, k_ptr, total_ptr, first, stop, place, head, ROW,
-            HEADS, LEFT_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH,
+        m, a = _within_block(
+            q_ptr, erase_ptr, k_ptr, total_ptr, solved_ptr, first, stop, place, head, ROW,
+            HEADS, ERASE_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH,
         )  # fmt: skip
-        a = _times_beta(a, beta_ptr, first + ROW, stop, head, HEADS)
-        i = tl.arange(0, SIZE)
-        inverse = invert_block(tl.where(i[:, None] > i[None, :], a, 0.0))
-        store_block(solved_ptr, inverse, place, ROW, ROW, CHUNK)
-        return inverse
+        store_block(m_ptr, m, place, ROW, ROW, CHUNK)
+        if solved_ptr is not None:
+            a = _times_beta(a, beta_ptr, first + ROW, stop, head, HEADS)
+            i = tl.arange(0, SIZE)
+            inverse = invert_block(tl.where(i[:, None] > i[None, :], a, 0.0))
+            store_block(solved_ptr, inverse, place, ROW, ROW, CHUNK)
+            return inverse
+        else:
+            return m
     else:
         HALF: tl.constexpr = SIZE // 2
-        upper = _invert_channels(
-            left_ptr, k_ptr, beta_ptr, total_ptr, solved_ptr, first, stop, place, head, ROW, HALF,
-            HEADS, LEFT_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH, PRECISION,
+        upper = _solve(
+            q_ptr, erase_ptr, k_ptr, beta_ptr, total_ptr, m_ptr, solved_ptr, first, stop, place, head, ROW, HALF,
+            HEADS, ERASE_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH, PRECISION,
         )  # fmt: skip
-        lower = _invert_channels(
-            left_ptr, k_ptr, beta_ptr, total_ptr, solved_ptr, first, stop, place, head, ROW + HALF, HALF,
-            HEADS, LEFT_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH, PRECISION,
+        lower = _solve(
+            q_ptr, erase_ptr, k_ptr, beta_ptr, total_ptr, m_ptr, solved_ptr, first, stop, place, head, ROW + HALF, HALF,
+            HEADS, ERASE_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH, PRECISION,
         )  # fmt: skip
-        between = _between_blocks(
-            left_ptr, k_ptr, total_ptr, first, stop, place, head, ROW + HALF, ROW, HALF,
-            HEADS, LEFT_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH, PRECISION,
+        m, a = _between_blocks(
+            q_ptr, erase_ptr, k_ptr, total_ptr, solved_ptr, first, stop, place, head, ROW + HALF, ROW, HALF,
+            HEADS, ERASE_HEADS, KEY_HEADS, P, CHUNK, PARTS, DEPTH, PRECISION,
         )  # fmt: skip
-        between = _times_beta(between, beta_ptr, first + ROW + HALF, stop, head, HEADS)
-        corner = -tl.dot(tl.dot(lower, between, input_precision=PRECISION), upper, input_precision=PRECISION)
-        store_block(solved_ptr, corner, place, ROW + HALF, ROW, CHUNK)
-        return lower_triangle(upper, corner, lower)
+        store_block(m_ptr, m, place, ROW + HALF, ROW, CHUNK)
+        if solved_ptr is not None:
+            a = _times_beta(a, beta_ptr, first + ROW + HALF, stop, head, HEADS)
+            corner = -tl.dot(tl.dot(lower, a, input_precision=PRECISION), upper, input_precision=PRECISION)
+            store_block(solved_ptr, corner, place, ROW + HALF, ROW, CHUNK)
+            return lower_triangle(upper, corner, lower)
+        else:
+            return m
 
 
 @triton.jit
@@ -203,47 +162,60 @@ def _times_beta(rows, beta_ptr, first, stop, head, HEADS: tl.constexpr):
 
 @triton.jit
 def _within_block(
-    left_ptr,
+    q_ptr,
+    erase_ptr,
     k_ptr,
     total_ptr,
+    solved_ptr,
     first,
     stop,
     place,
     head,
     ROW: tl.constexpr,
     HEADS: tl.constexpr,
-    LEFT_HEADS: tl.constexpr,
+    ERASE_HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     P: tl.constexpr,
     CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """[16, 16] of rows and columns from ROW on, 0 where i < j; a column at a time."""
-    row = ROW + tl.arange(0, BLOCK)
-    one = tl.arange(0, 1)
+    """Σ_p left_ip k_jp exp(G_ip − G_jp) [16, 16], left being q and erase, of rows and columns from ROW on.
+
+    0 where i < j; a column at a time.
+    """
+    row, one = ROW + tl.arange(0, BLOCK), tl.arange(0, 1)
     token = first + row
-    products = tl.zeros([BLOCK, BLOCK], tl.float32)
+    is_token = token < stop
+    m = tl.zeros([BLOCK, BLOCK], tl.float32)
+    a = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start in range(0, P, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        left_head = head // (HEADS // LEFT_HEADS)
-        left = load_rows(left_ptr, token, token < stop, left_head, depth, LEFT_HEADS, P).to(tl.float32)
+        q = load_rows(q_ptr, token, is_token, head // (HEADS // KEY_HEADS), depth, KEY_HEADS, P).to(tl.float32)
+        if solved_ptr is not None:
+            erase_head = head // (HEADS // ERASE_HEADS)
+            erase = load_rows(erase_ptr, token, is_token, erase_head, depth, ERASE_HEADS, P).to(tl.float32)
         high, low = load_channel_total(total_ptr, place, row, depth, P, CHUNK, PARTS)
         for j in range(BLOCK):
             column = first + ROW + j + one
             k = load_rows(k_ptr, column, column < stop, head // (HEADS // KEY_HEADS), depth, KEY_HEADS, P)
             high_j, low_j = load_channel_total(total_ptr, place, ROW + j + one, depth, P, CHUNK, PARTS)
             between = tl.where(row[:, None] >= ROW + j, (high - high_j) + (low - low_j), float("-inf"))
-            pairs = tl.sum(left * k.to(tl.float32) * tl.exp(between), 1)
-            products = tl.where(tl.arange(0, BLOCK)[None, :] == j, products + pairs[:, None], products)
-    return products
+            k = k.to(tl.float32) * tl.exp(between)
+            is_column = tl.arange(0, BLOCK)[None, :] == j
+            m = tl.where(is_column, m + tl.sum(q * k, 1)[:, None], m)
+            if solved_ptr is not None:
+                a = tl.where(is_column, a + tl.sum(erase * k, 1)[:, None], a)
+    return m, a
 
 
 @triton.jit
 def _between_blocks(
-    left_ptr,
+    q_ptr,
+    erase_ptr,
     k_ptr,
     total_ptr,
+    solved_ptr,
     first,
     stop,
     place,
@@ -252,7 +224,7 @@ def _between_blocks(
     COLUMN: tl.constexpr,
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
-    LEFT_HEADS: tl.constexpr,
+    ERASE_HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     P: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -260,22 +232,27 @@ def _between_blocks(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[SIZE, SIZE] of rows from ROW on and columns from COLUMN on, all of them before.
+    """The same [SIZE, SIZE] of rows from ROW on and columns from COLUMN on, all of them before.
 
     Operands are float32, whatever the inputs are: 16 bits would have to round after the decay.
     """
     row, column = ROW + tl.arange(0, SIZE), COLUMN + tl.arange(0, SIZE)
     token, earlier = first + row, first + column
-    products = tl.zeros([SIZE, SIZE], tl.float32)
+    is_token = token < stop
+    m = tl.zeros([SIZE, SIZE], tl.float32)
+    a = tl.zeros([SIZE, SIZE], tl.float32)
     for start in range(0, P, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        left_head = head // (HEADS // LEFT_HEADS)
-        left = load_rows(left_ptr, token, token < stop, left_head, depth, LEFT_HEADS, P).to(tl.float32)
-        k = load_rows(k_ptr, earlier, earlier < stop, head // (HEADS // KEY_HEADS), depth, KEY_HEADS, P).to(tl.float32)
-        high, low = load_channel_total(total_ptr, place, row, depth, P, CHUNK, PARTS)
-        high_j, low_j = load_channel_total(total_ptr, place, column, depth, P, CHUNK, PARTS)
         high_0, low_0 = load_channel_total(total_ptr, place, row * 0 + ROW, depth, P, CHUNK, PARTS)
-        left *= tl.exp((high - high_0) + (low - low_0))
-        k *= tl.exp((high_0 - high_j) + (low_0 - low_j))
-        products = tl.dot(left, tl.trans(k), products, input_precision=PRECISION)
-    return products
+        high_j, low_j = load_channel_total(total_ptr, place, column, depth, P, CHUNK, PARTS)
+        k = load_rows(k_ptr, earlier, earlier < stop, head // (HEADS // KEY_HEADS), depth, KEY_HEADS, P).to(tl.float32)
+        k = tl.trans(k * tl.exp((high_0 - high_j) + (low_0 - low_j)))
+        high, low = load_channel_total(total_ptr, place, row, depth, P, CHUNK, PARTS)
+        since_first = tl.exp((high - high_0) + (low - low_0))
+        q = load_rows(q_ptr, token, is_token, head // (HEADS // KEY_HEADS), depth, KEY_HEADS, P).to(tl.float32)
+        m = tl.dot(q * since_first, k, m, input_precision=PRECISION)
+        if solved_ptr is not None:
+            erase_head = head // (HEADS // ERASE_HEADS)
+            erase = load_rows(erase_ptr, token, is_token, erase_head, depth, ERASE_HEADS, P).to(tl.float32)
+            a = tl.dot(erase * since_first, k, a, input_precision=PRECISION)
+    return m, a

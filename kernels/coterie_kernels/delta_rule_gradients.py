@@ -68,12 +68,13 @@ def gradients_kernel(
     key_head = head // (HEADS // KEY_HEADS)
     dtype = k_ptr.dtype.element_ty
 
-    grad_m, grad_a, grad_beta = triangle_gradients(
+    grad_m, grad_a, of_v, of_delta = triangle_gradients(
         grad_ptr, v_ptr, beta_ptr, grad_z_ptr, delta_ptr, grad_v_ptr, token, is_token, head,
         HEADS, V, CHUNK, ERASES, COLUMNS, PRECISION,
     )  # fmt: skip
     if beta_ptr is not None:
         beta = load_beta(beta_ptr, token, is_token, head, HEADS)
+        of_k = tl.zeros([CHUNK], tl.float32)
     between = decay_between(total_ptr, place, 0, 0, CHUNK, CHUNK, CHUNK, PARTS)
     grad_m = (grad_m * between * scale).to(dtype)
     grad_a = (-grad_a * tl.where(row[:, None] > row[None, :], between, 0.0)).to(dtype)
@@ -130,7 +131,7 @@ def gradients_kernel(
                 grad_total += tl.sum(erase.to(tl.float32) * grad_erase, 1)
         if ERASES:
             if erase_ptr is None:
-                grad_beta += tl.sum(grad_erase * wide_k, 1)
+                of_k += tl.sum(grad_erase * wide_k, 1)
                 grad_k += grad_erase * beta[:, None]
             else:
                 store_rows(grad_erase_ptr, grad_erase, token, is_token, head, width, HEADS, P)
@@ -138,6 +139,7 @@ def gradients_kernel(
         store_rows(grad_k_ptr, grad_k, token, is_token, head, width, HEADS, P)
 
     if beta_ptr is not None:
+        grad_beta = beta_gradient(beta, of_v + of_k, of_delta)
         tl.store(grad_beta_ptr + token * HEADS + head, grad_beta.to(grad_beta_ptr.dtype.element_ty), mask=is_token)
     if total_ptr is not None:
         last = tl.sum(at_end) + whole * tl.sum(of_state)
@@ -164,22 +166,35 @@ def triangle_gradients(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dO Δᵀ, dR Δᵀ, and ⟨dZ, v⟩ [C]; with beta, stores the gradient to v."""
+    """dO Δᵀ, dR Δᵀ, and with beta ⟨dZ, v⟩ and ⟨dZ, Δ⟩ [C]; then it stores the gradient to v."""
     grad_m = tl.zeros([CHUNK, CHUNK], tl.float32)
     grad_a = tl.zeros([CHUNK, CHUNK], tl.float32)
-    grad_beta = tl.zeros([CHUNK], tl.float32)
+    of_v = tl.zeros([CHUNK], tl.float32)
+    of_delta = tl.zeros([CHUNK], tl.float32)
     for start in range(0, V, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         grad = load_rows(grad_ptr, token, is_token, head, column, HEADS, V)
-        delta = tl.trans(load_rows(delta_ptr, token, is_token, head, column, HEADS, V))
-        grad_m = tl.dot(grad, delta, grad_m, input_precision=PRECISION)
+        delta = load_rows(delta_ptr, token, is_token, head, column, HEADS, V)
+        grad_m = tl.dot(grad, tl.trans(delta), grad_m, input_precision=PRECISION)
         if ERASES:
             grad_z = load_rows(grad_z_ptr, token, is_token, head, column, HEADS, V)
-            grad_a = tl.dot(grad_z, delta, grad_a, input_precision=PRECISION)
+            grad_a = tl.dot(grad_z, tl.trans(delta), grad_a, input_precision=PRECISION)
             if beta_ptr is not None:
                 v = load_rows(v_ptr, token, is_token, head, column, HEADS, V).to(tl.float32)
                 grad_z = grad_z.to(tl.float32)
-                grad_beta += tl.sum(grad_z * v, 1)
+                of_v += tl.sum(grad_z * v, 1)
+                of_delta += tl.sum(grad_z * delta.to(tl.float32), 1)
                 beta = load_beta(beta_ptr, token, is_token, head, HEADS)
                 store_rows(grad_v_ptr, grad_z * beta[:, None], token, is_token, head, column, HEADS, V)
-    return grad_m, grad_a, grad_beta
+    return grad_m, grad_a, of_v, of_delta
+
+
+@triton.jit
+def beta_gradient(beta, of_inputs, of_delta):
+    """⟨dZ, v⟩ + ⟨de, k⟩: the two nearly cancel where keys are alike.
+
+    Δ is beta times what they are the gradients to, so that ⟨dZ, Δ⟩ / beta is the same without cancelling; but for the
+    smallest beta, whose Δ has lost its bits.
+    """
+    is_small = tl.abs(beta) < 2**-6
+    return tl.where(is_small, of_inputs, of_delta / tl.where(is_small, 1.0, beta))
