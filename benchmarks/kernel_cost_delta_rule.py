@@ -23,7 +23,8 @@ import _tell
 from coterie.ops.delta_rule import delta_rule
 from coterie.report import format_table
 
-OURS, FLA = "coterie", "flash-linear-attention"
+OURS, FLA = "ours", "flash-linear-attention"
+WIDTHS = (64, 128)  # P = V
 # Bytes a token and head that the library means to stay below, 16 bits and a decay per head: (P = V, edit, pass).
 BARS = {
     (64, "erase", "forward"): 1100,
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     costs: list[Cost] = []
     cases = [
         (width, edit, name)
-        for width in (64, 128)
+        for width in WIDTHS
         for edit in ("erase", "beta")
         for name in computes
         if name == OURS or edit == "beta"
@@ -204,9 +205,10 @@ def _ours(**inputs: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def interpreted_fla() -> Compute | None:
     """Its chunk_gated_delta_rule in Triton's interpreter; None if it is not there, or does not import."""
-    import coterie_kernels  # noqa: F401 (mends the interpreter)
     import triton.language as tl
     from triton.runtime import autotuner
+
+    import coterie_kernels  # noqa: F401 (mends the interpreter)
 
     # Configurations are not timed, there being nothing to time them on: the first of equals is taken.
     autotuner.Autotuner._bench = lambda self, *args, config, **meta: [1.0, 1.0, 1.0]
@@ -231,36 +233,36 @@ def interpreted_fla() -> Compute | None:
 
 
 def format_costs(costs: Sequence[Cost], options: Options) -> str:
-    rows, rules = [], []
+    """Passes beside each other, then their kernels."""
+    rows, rules, kernels = [], [], []
     for number, cost in enumerate(costs):
         if number and cost.width != costs[number - 1].width:
             rules.append(number)
-        bar = "" if cost.bar is None else f"{'≤' if cost.total <= cost.bar else '>'} {cost.bar}"
-        parts = ", ".join(f"{name.removesuffix('_kernel')} {value:.0f}" for name, value in cost.kernels.items())
+        title = f"P = V = {cost.width}, {cost.edit}, {cost.which}: {cost.name}"
         rows.append(
             [
-                f"P = V = {cost.width}, {cost.edit}, {cost.which}: {cost.name}",
+                title,
                 str(cost.launches),
                 f"{cost.total:.0f}",
-                bar,
+                "" if cost.bar is None else f"{'≤' if cost.total <= cost.bar else '>'} {cost.bar}",
                 f"{cost.once / 1024:.0f}",
                 f"{cost.saved:.0f}" if cost.which == "forward" else "",
                 f"{cost.error:.0e}",
-                parts,
             ]
         )
+        kernels += [f"{title}:", *(f"    {value:6.0f} {name}" for name, value in cost.kernels.items())]
     header = [
-        f"counted, {options.target}'s tiles, {options.dtype}, a decay per head",
+        f"counted, {options.target}'s tiles, {options.dtype}",
         "launches",
         "bytes / token / head",
         "bar",
         "KiB once",
         "saved bytes / token / head",
         "error",
-        "by kernel",
     ]
     met = [cost.total <= cost.bar for cost in costs if cost.bar is not None]
-    return f"{format_table(header, rows, rules=rules)}\n{sum(met)} of {len(met)} bars met"
+    table = format_table(header, rows, rules=rules)
+    return "\n".join([table, f"{sum(met)} of {len(met)} bars met", "", "bytes / token / head by kernel", *kernels])
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class _Prepared:
 def kept_shapes(
     q: Tensor, v: Tensor, g: Tensor | None, erases: bool, num_sequences: int, packed: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the cumulative decays (float32) and the solved triangles (float32, or float16 for 16 bits) kept for backward."""
+    """Of what is kept for backward: cumulative decays, float32, and solved triangles, as `solved_dtype` says."""
     chunk = _tiles(q, v).chunk
     slots, heads = num_slots(q.shape[0], num_sequences, packed, chunk), v.shape[1]
     has_decay, by_channel = g is not None, g is not None and g.dim() == 3

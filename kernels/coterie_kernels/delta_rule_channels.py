@@ -112,7 +112,7 @@ def _solve(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Stores M's diagonal block from ROW on and, if something is erased, that of T, as `_invert` of a decay per head."""
+    """Stores M's diagonal block from ROW on and, if something is erased, T's, as `_invert` of a decay per head."""
     if SIZE == BLOCK:
         m, a = _within_block(
             q_ptr, erase_ptr, k_ptr, total_ptr, solved_ptr, first, stop, place, head, ROW,

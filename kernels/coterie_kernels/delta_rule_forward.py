@@ -50,7 +50,7 @@ def forward_kernel(
     """R = Z − Ẽ S, Δ = T R, O = Q̃ S + M Δ, S ← exp(G_C) S + K̂ᵀ Δ, with S [P, COLUMNS] in registers.
 
     A decay per head is a factor of rows: it goes to the float32 side of each product, and 16-bit operands stay as they
-    were read. With one per channel (channels_ptr, its G) q, k, erase and M come as Q̃, K̂, Ẽ and M, and total_ptr is None.
+    were read. With one per channel (channels_ptr, its G) Q̃, K̂ and Ẽ come as q, k and erase, M as m, and no total_ptr.
     """
     ERASES: tl.constexpr = solved_ptr is not None
     TILES: tl.constexpr = tl.cdiv(V, COLUMNS)

@@ -55,7 +55,7 @@ def gradients_kernel(
     """Of one chunk and head of v; grad_q, grad_k and grad_erase are [N, H, P], to be summed over the heads of a key.
 
     dM = tril(dO Δᵀ) and dA = −stril(dR Δᵀ) of all V first, then by WIDTH channels of the keys
-    dq = e^G dO Sᵀ + dM k, de = −e^G dR Sᵀ + dA k, dk = e^{G_C − G} Δ dS'ᵀ + dMᵀ q + dAᵀ e, and to G what they sum up to:
+    dq = e^G dO Sᵀ + dM k, de = −e^G dR Sᵀ + dA k, dk = e^{G_C − G} Δ dS'ᵀ + dMᵀ q + dAᵀ e, and to G
     q dq + e de − k dk, at the last row also ⟨dS', S'⟩.
     """
     slot, head = tl.program_id(0).to(tl.int64) // HEADS, tl.program_id(0) % HEADS

@@ -145,7 +145,7 @@ def _edits_of_keys(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """e_i · k_j exp(G_i − G_j) [SIZE, SIZE] for rows i from ROW and columns j from COLUMN on of a chunk, where i ≥ j."""
+    """e_i · k_j exp(G_i − G_j) [SIZE, SIZE] for a chunk's rows i from ROW and columns j from COLUMN on, where i ≥ j."""
     row, column = first + ROW + tl.arange(0, SIZE), first + COLUMN + tl.arange(0, SIZE)
     is_row = row < stop
     products = tl.zeros([SIZE, SIZE], tl.float32)
