@@ -57,7 +57,7 @@ def backward_kernel(
 
     dΔ = Mᵀ dO + K̂ dS', dZ = dR = Tᵀ dΔ, dS = Q̃ᵀ dO + exp(G_C) dS' − Ẽᵀ dR. Neither S nor Δ is needed for them, so that
     both directions are one launch. Written: grad_z [N, H, V]; the gradients to the states after, and the states before,
-    each chunk [slots, H, P, V]; delta [N, H, V], if something is erased (else it is v); the gradient to the first state.
+    each chunk [slots, H, P, V]; delta [N, H, V], if anything is erased (else it is v); the gradient to the first state.
     """
     ERASES: tl.constexpr = solved_ptr is not None
     TILES: tl.constexpr = tl.cdiv(V, COLUMNS)

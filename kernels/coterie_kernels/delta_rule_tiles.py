@@ -43,7 +43,7 @@ def _half_precision(stages: int, others: Mapping[str, dict] = MappingProxyType({
         "delta_backward": dict.fromkeys(_P, (32, 4, stages)) | {256: (16, 4, stages)},
         "delta_gradients": {up_to: (min(up_to, 32), 32, 4, stages) for up_to in _P},
         "delta_prepare_channels": dict.fromkeys(_P, (16, 4, 1)),
-        "delta_channel_gradients": {up_to: (up_to, 32, 4 if up_to < 128 else 8, 1) for up_to in _P},
+        "delta_channel_gradients": {up_to: (up_to, 32, 4 if up_to < 64 else 8, 1) for up_to in _P},
     }
     return {name: classes | others.get(name, {}) for name, classes in kernels.items()}
 
@@ -57,7 +57,7 @@ def _float32(stages: int, others: Mapping[str, dict] = MappingProxyType({})) -> 
         "delta_backward": dict.fromkeys(_P, (16, 2, stages)) | {256: (16, 4, stages)},
         "delta_gradients": {up_to: (min(up_to, 32), 32, 2, stages) for up_to in _P},
         "delta_prepare_channels": dict.fromkeys(_P, (16, 4, 1)),
-        "delta_channel_gradients": {up_to: (up_to, 32, 4 if up_to < 128 else 8, 1) for up_to in _P},
+        "delta_channel_gradients": {up_to: (up_to, 32, 4 if up_to < 64 else 8, 1) for up_to in _P},
     }
     return {f"float32 {name}": classes | others.get(name, {}) for name, classes in kernels.items()}
 

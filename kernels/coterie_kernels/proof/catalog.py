@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -250,31 +251,32 @@ _EDITS, _DECAYS = ("none", "beta", "erase"), ("none", "heads", "channels")
 
 
 def _small_delta_rule() -> Iterator[Example]:
-    packed = [0, 7, 7, 40, 41, 75]
-    for edit in _EDITS:
-        for decay in _DECAYS:
-            more = {"edit": edit, "decay": decay}
-            for label, ends, sizes in (
-                ("packed", packed, (0, 0, (2, 1), (9, 5), torch.bfloat16)),
-                ("several tiles", None, (2, 37, (2, 2), (33, 35), torch.float32)),
-            ):
-                name = f"{label}, {edit}, decay {decay}"
-                yield Example(name, lambda e=ends, a=sizes, m=more: run_delta_rule(e, *a, **m))
+    packed = [0, 7, 7, 40, 41, 60]
+    for edit, decay in product(_EDITS, _DECAYS):
+        more = {"edit": edit, "decay": decay}
+        for label, ends, sizes in (
+            ("packed", packed, (0, 0, (2, 1), (9, 5), torch.bfloat16)),
+            ("several tiles", None, (1, 37, (1, 1), (33, 35), torch.float32)),
+        ):
+            name = f"{label}, {edit}, decay {decay}"
+            yield Example(name, lambda e=ends, a=sizes, m=more: run_delta_rule(e, *a, **m))
     more = {"edit": "beta", "decay": "heads"}
     yield Example("no token", lambda: run_delta_rule(None, 2, 0, (2, 1), (9, 5), torch.bfloat16, **more))
     yield Example("float16", lambda: run_delta_rule(None, 1, 70, (1, 1), (20, 20), torch.float16, **more))
 
 
 def _matrix_delta_rule(target: str, dtype: torch.dtype) -> Iterator[Example]:
-    """float16 compiles nearly as bfloat16 does, and float32 at fewer widths: a few of each have to be enough."""
-    for width in {torch.bfloat16: (16, 32, 64, 128, 256)}.get(dtype, (64, 128)):
-        for edit in _EDITS:
-            for decay in _DECAYS:
-                more = {"edit": edit, "decay": decay}
-                packed = edit == "erase"
-                sizes = (None if not packed else [0, 100, 128], 1, 128, (2, 1 if packed else 2), (width, width), dtype)
-                label = f"P = V = {width}, {edit}, decay {decay}" + ", packed" * packed
-                yield Example(label, lambda a=sizes, m=more: run_delta_rule(*a, **m))
+    """Classes come from P. At the usual ones every mode; elsewhere, and in other dtypes, what needs most registers."""
+    every = list(product(_EDITS, _DECAYS))
+    most = [("beta", "heads"), ("erase", "channels")]
+    for width in (64,) if dtype == torch.float16 else (16, 32, 64, 128, 256):
+        for edit, decay in every if dtype == torch.bfloat16 and width in (64, 128) else most:
+            packed = edit == "erase"
+            ends, key_heads = ([0, 100, 128], 1) if packed else (None, 2)
+            sizes = (ends, 1, 128, (2, key_heads), (width, width), dtype)
+            more = {"edit": edit, "decay": decay}
+            label = f"P = V = {width}, {edit}, decay {decay}" + ", packed" * packed
+            yield Example(label, lambda a=sizes, m=more: run_delta_rule(*a, **m))
 
 
 def _name(dtype: torch.dtype) -> str:
