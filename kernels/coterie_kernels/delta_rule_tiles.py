@@ -37,10 +37,10 @@ class DeltaTiles:
 def _half_precision(stages: int, others: Mapping[str, dict] = MappingProxyType({})) -> dict[str, dict]:
     """What most entries are, but for the given ones."""
     kernels = {
-        "delta_chunk": dict.fromkeys(_P, (64,)) | {256: (32,)},
+        "delta_chunk": dict.fromkeys(_P, (64,)) | {256: (16,)},
         "delta_prepare": {up_to: (min(up_to, 32), 1, 1) for up_to in _P},
-        "delta_forward": dict.fromkeys(_P, (32, 4, stages)) | {256: (16, 4, stages)},
-        "delta_backward": dict.fromkeys(_P, (32, 4, stages)) | {256: (16, 4, stages)},
+        "delta_forward": dict.fromkeys(_P, (32, 4, stages)) | {256: (16, 8, stages)},
+        "delta_backward": dict.fromkeys(_P, (32, 4, stages)) | {256: (16, 8, stages)},
         "delta_gradients": {up_to: (min(up_to, 32), 32, 4, stages) for up_to in _P},
         "delta_prepare_channels": dict.fromkeys(_P, (16, 4, 1)),
         "delta_channel_gradients": {up_to: (up_to, 32, 4 if up_to < 64 else 8, 1) for up_to in _P},
@@ -48,34 +48,57 @@ def _half_precision(stages: int, others: Mapping[str, dict] = MappingProxyType({
     return {name: classes | others.get(name, {}) for name, classes in kernels.items()}
 
 
-def _float32(stages: int, others: Mapping[str, dict] = MappingProxyType({})) -> dict[str, dict]:
+def _float32(others: Mapping[str, dict] = MappingProxyType({})) -> dict[str, dict]:
     """Chunks of 16: the rounding of what a longer chunk solves would exceed that of the recurrence."""
     kernels = {
         "delta_chunk": dict.fromkeys(_P, (16,)),
         "delta_prepare": {up_to: (min(up_to, 32), 1, 1) for up_to in _P},
-        "delta_forward": dict.fromkeys(_P, (16, 2, stages)) | {256: (16, 4, stages)},
-        "delta_backward": dict.fromkeys(_P, (16, 2, stages)) | {256: (16, 4, stages)},
-        "delta_gradients": {up_to: (min(up_to, 32), 32, 2, stages) for up_to in _P},
+        "delta_forward": dict.fromkeys(_P, (16, 4, 1)),
+        "delta_backward": dict.fromkeys(_P, (16, 4, 1)),
+        "delta_gradients": {up_to: (min(up_to, 32), 32, 4, 1) for up_to in _P},
         "delta_prepare_channels": dict.fromkeys(_P, (16, 4, 1)),
-        "delta_channel_gradients": {up_to: (up_to, 32, 4 if up_to < 64 else 8, 1) for up_to in _P},
+        "delta_channel_gradients": {up_to: (up_to, 32, 4 if up_to < 128 else 8, 1) for up_to in _P},
     }
     return {f"float32 {name}": classes | others.get(name, {}) for name, classes in kernels.items()}
 
 
 DELTA_RULE_TILES = {
-    "sm_80": _float32(1)
+    "sm_80": _float32({"delta_forward": {64: (16, 8, 1)}})
     | _half_precision(
         2,
         {
             "delta_chunk": dict.fromkeys(_P, (32,)) | {256: (16,)},
             "delta_forward": {128: (16, 4, 2)},
-            "delta_backward": {128: (32, 8, 2)},
+            "delta_backward": {16: (32, 4, 1), 128: (32, 8, 2)},
         },
     ),
-    "sm_90": _float32(1) | _half_precision(2),
-    "sm_100": _float32(1)
-    | _half_precision(2, {"delta_forward": {128: (32, 4, 1)}, "delta_backward": {128: (32, 4, 1)}}),
-    "gfx942": _float32(1) | _half_precision(1),
+    "sm_90": _float32(
+        {
+            "delta_forward": {64: (32, 8, 1)},
+            "delta_backward": {32: (16, 8, 1)},
+            "delta_gradients": {128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+        }
+    )
+    | _half_precision(2, {"delta_forward": {256: (32, 8, 1)}, "delta_backward": {32: (16, 4, 2)}}),
+    "sm_100": _float32({"delta_forward": {64: (64, 8, 1)}, "delta_backward": {16: (16, 8, 1), 64: (16, 8, 1)}})
+    | _half_precision(
+        2,
+        {
+            "delta_forward": {128: (32, 4, 1), 256: (32, 8, 1)},
+            "delta_backward": {32: (32, 8, 2), 128: (32, 4, 1)},
+            "delta_channel_gradients": {128: (128, 16, 8, 1)},
+        },
+    ),
+    "gfx942": _float32({"delta_channel_gradients": {up_to: (up_to, 32, 4, 1) for up_to in (128, 256)}})
+    | _half_precision(
+        1,
+        {
+            "delta_chunk": {256: (32,)},
+            "delta_forward": {256: (16, 4, 1)},
+            "delta_backward": {256: (16, 4, 1)},
+            "delta_channel_gradients": {up_to: (up_to, 32, 4, 1) for up_to in (64, 128, 256)},
+        },
+    ),
 }
 
 
