@@ -265,6 +265,8 @@ def _block_gradients(
         grad_k += tl.load(solved_place(grad_m_ptr, place, at[None, :], rows[:, None], CHUNK)) * q_t
         if ERASES:
             erase_t = _load_erase(left_ptr, beta_ptr, own, own < stop, head, width, HEADS, LEFT_HEADS, P) * until_t
+            # Once more: a masked lane that is alone keeps no `other` in the watched interpreter.
+            erase_t = tl.where((own < stop)[:, None], erase_t, 0.0)
             grad_erase += tl.load(solved_place(grad_a_ptr, place, rows[:, None], at[None, :], CHUNK)) * k_t
             grad_k += tl.load(solved_place(grad_a_ptr, place, at[None, :], rows[:, None], CHUNK)) * erase_t
 

@@ -166,5 +166,4 @@ def load_whole(channels_ptr, place, width, P: tl.constexpr, CHUNK: tl.constexpr,
 
 @triton.jit
 def load_beta(beta_ptr, token, is_token, head, HEADS: tl.constexpr):
-    beta = tl.load(beta_ptr + token * HEADS + head, mask=is_token, other=0.0).to(tl.float32)
-    return tl.where(is_token, beta, 0.0)  # once more: Triton's interpreter drops `other` of a single lane
+    return tl.load(beta_ptr + token * HEADS + head, mask=is_token, other=0.0).to(tl.float32)

@@ -62,8 +62,16 @@ def _float32(others: Mapping[str, dict] = MappingProxyType({})) -> dict[str, dic
     return {f"float32 {name}": classes | others.get(name, {}) for name, classes in kernels.items()}
 
 
+# The least of what spills: three products of TF32 for one of float32, with all of a wide P at once, do not fit.
+_WIDE_FLOAT32 = dict.fromkeys((128, 256), (32, 8, 1))
+
 DELTA_RULE_TILES = {
-    "sm_80": _float32({"delta_forward": {64: (16, 8, 1)}})
+    "sm_80": _float32(
+        {
+            "delta_forward": dict.fromkeys((64, 128, 256), (16, 8, 1)),
+            "delta_backward": dict.fromkeys((128, 256), (16, 8, 1)),
+        }
+    )
     | _half_precision(
         2,
         {
@@ -74,13 +82,18 @@ DELTA_RULE_TILES = {
     ),
     "sm_90": _float32(
         {
-            "delta_forward": {64: (32, 8, 1)},
-            "delta_backward": {32: (16, 8, 1)},
+            "delta_forward": dict.fromkeys((64, 128, 256), (32, 8, 1)),
+            "delta_backward": {32: (16, 8, 1)} | _WIDE_FLOAT32,
             "delta_gradients": {128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
         }
     )
     | _half_precision(2, {"delta_forward": {256: (32, 8, 1)}, "delta_backward": {32: (16, 4, 2)}}),
-    "sm_100": _float32({"delta_forward": {64: (64, 8, 1)}, "delta_backward": {16: (16, 8, 1), 64: (16, 8, 1)}})
+    "sm_100": _float32(
+        {
+            "delta_forward": {64: (64, 8, 1)} | _WIDE_FLOAT32,
+            "delta_backward": dict.fromkeys((16, 64), (16, 8, 1)) | _WIDE_FLOAT32,
+        }
+    )
     | _half_precision(
         2,
         {
