@@ -26,6 +26,8 @@ from types import MappingProxyType
 
 import torch
 
+from coterie_kernels.delta_rule_tiles import DELTA_RULE_TILES
+
 Table = dict[str, dict[str, dict]]
 
 
@@ -171,6 +173,9 @@ TILES: Table = {
         {},
     ),
 }
+
+for _target, _kernels in DELTA_RULE_TILES.items():
+    TILES[_target] |= _kernels
 
 
 def use_tiles(table: Table | str | os.PathLike) -> None:

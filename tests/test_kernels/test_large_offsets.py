@@ -1,4 +1,4 @@
-"""Tensors of 2³¹ elements and more: the last rows, columns and experts come out as they do alone.
+"""Tensors of 2³¹ elements and more: the last rows, columns, experts and sequences come out as they do alone.
 
 Memory that nobody touches costs nothing: operands are allocated whole, only their ends are filled, and of each launch
 only the last programs run. The watched interpreter refuses every address outside of a tensor, such as those that 32
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from coterie_kernels import combine, expert_mlp, grouped_matmul, routing
+from coterie_kernels import combine, delta_rule, expert_mlp, grouped_matmul, routing
 from coterie_kernels.proof.count import record
 
 LIMIT = 2**31
@@ -197,3 +197,33 @@ def test_logits():
     alone = routing.route_topk(logits, None, None, 2, *settings, 1, 1, "max")
     torch.testing.assert_close((weights[-M:], ids[-M:]), alone)
     torch.testing.assert_close(grads[-M:], routing.route_topk_backward(grad, logits, alone[1], *settings))
+
+
+@pytest.mark.parametrize("decay", ["heads", "channels"])
+def test_sequences_of_the_delta_rule(decay):
+    """Packed, the last with M tokens: of its only chunk, and of its state's two tiles."""
+    width, chunk = 64, 64
+    num_tokens = LIMIT // width + M
+    tensors = [_randn(M, 1, width) for _ in "qkv"]
+    tensors.append(-torch.rand(M, 1, width) if decay == "channels" else -torch.rand(M, 1))
+    tensors += [_randn(M, 1, width) / width, None]
+    grad, state, grad_state = _randn(M, 1, width), torch.randn(1, 1, width, width), torch.randn(1, 1, width, width)
+
+    def run(grad, tensors, state, grad_state, ends):
+        o, after, *kept = delta_rule.forward(*tensors, state, ends, 1.0)
+        return o, after, *delta_rule.backward(grad, grad_state, *tensors, state, ends, *kept, 1.0)
+
+    alone = run(grad, tensors, state, grad_state, torch.tensor([0, M]))
+    big = [t if t is None else _ending_in(t, num_tokens) for t in tensors]
+    states = [t.expand(2, -1, -1, -1).contiguous() for t in (state, grad_state)]
+    ends = torch.tensor([0, num_tokens - M, num_tokens])
+    by_chunk = ("prepare_kernel", "prepare_channels_kernel", "gradients_kernel", "channel_gradients_kernel")
+    last = dict.fromkeys(by_chunk, lambda grid: (1,))
+    last |= dict.fromkeys(("forward_kernel", "backward_kernel"), lambda grid: (grid[0] // 2,))
+    assert delta_rule.num_slots(num_tokens, 2, True, chunk) * width**2 >= LIMIT
+    with record(), _last_programs(last):
+        results = run(_ending_in(grad, num_tokens), big, *states, ends)
+    for got, wanted in zip(results, alone, strict=True):
+        assert (got is None) == (wanted is None)
+        if got is not None:
+            torch.testing.assert_close(got[-len(wanted) :], wanted)

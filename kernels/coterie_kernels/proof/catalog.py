@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from coterie_kernels import combine, expert_mlp, grouped_matmul, routing, sort
+from coterie_kernels import combine, delta_rule, expert_mlp, grouped_matmul, routing, sort
 from coterie_kernels.tiles import TILES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -240,6 +241,70 @@ def _matrix_routing(target: str, dtype: torch.dtype) -> Iterator[Example]:
                 yield Example(label, lambda a=sizes, s=more: run_routing(*a, **s))
 
 
+def run_delta_rule(
+    ends: Sequence[int] | None,
+    sequences: int,
+    length: int,
+    heads: tuple[int, int],
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    edit: str,
+    decay: str,
+) -> list[Tensor | None]:
+    """Forward and backward; heads: of values and of keys; edit: "none", "beta", "erase"; decay: "none", "heads",
+    "channels". ends: of packed sequences."""
+    (heads, key_heads), (key_width, value_width) = heads, widths
+    tokens = sequences * length if ends is None else ends[-1]
+    q, k, erase = (_randn(tokens, key_heads, key_width, dtype=dtype, seed=seed) / key_width**0.5 for seed in (1, 2, 3))
+    v, grad = (_randn(tokens, heads, value_width, dtype=dtype, seed=seed) for seed in (4, 5))
+    channels = (key_width,) if decay == "channels" else ()
+    g = None if decay == "none" else -_randn(tokens, heads, *channels, dtype=torch.float32, seed=6).abs()
+    beta = _randn(tokens, heads, dtype=dtype, seed=7).sigmoid() if edit == "beta" else None
+    edits = (g, erase if edit == "erase" else None, beta)
+    states = len(ends) - 1 if ends is not None else sequences
+    before, grad_after = (
+        _randn(states, heads, key_width, value_width, dtype=torch.float32, seed=seed) for seed in (8, 9)
+    )
+    ends = None if ends is None else torch.tensor(ends)
+    scale = key_width**-0.5
+    o, after, *kept = delta_rule.forward(q, k, v, *edits, before, ends, scale)
+    grads = delta_rule.backward(grad, grad_after, q, k, v, *edits, before, ends, *kept, scale)
+    return [o, after, *grads]
+
+
+_EDITS, _DECAYS = ("none", "beta", "erase"), ("none", "heads", "channels")
+
+
+def _small_delta_rule() -> Iterator[Example]:
+    packed = [0, 7, 7, 40, 41, 60]
+    for edit, decay in product(_EDITS, _DECAYS):
+        more = {"edit": edit, "decay": decay}
+        for label, ends, sizes in (
+            ("packed", packed, (0, 0, (2, 1), (9, 5), torch.bfloat16)),
+            ("several tiles", None, (1, 37, (1, 1), (33, 35), torch.float32)),
+        ):
+            name = f"{label}, {edit}, decay {decay}"
+            yield Example(name, lambda e=ends, a=sizes, m=more: run_delta_rule(e, *a, **m))
+    more = {"edit": "beta", "decay": "heads"}
+    yield Example("no token", lambda: run_delta_rule(None, 2, 0, (2, 1), (9, 5), torch.bfloat16, **more))
+    yield Example("float16", lambda: run_delta_rule(None, 1, 70, (1, 1), (20, 20), torch.float16, **more))
+
+
+def _matrix_delta_rule(target: str, dtype: torch.dtype) -> Iterator[Example]:
+    """Classes come from P. At the usual ones every mode; elsewhere, and in other dtypes, what needs most registers."""
+    every = list(product(_EDITS, _DECAYS))
+    most = [("beta", "heads"), ("erase", "channels")]
+    for width in (64,) if dtype == torch.float16 else (16, 32, 64, 128, 256):
+        for edit, decay in every if dtype == torch.bfloat16 and width in (64, 128) else most:
+            packed = edit == "erase"
+            ends, key_heads = ([0, 100, 128], 1) if packed else (None, 2)
+            sizes = (ends, 1, 128, (2, key_heads), (width, width), dtype)
+            more = {"edit": edit, "decay": decay}
+            label = f"P = V = {width}, {edit}, decay {decay}" + ", packed" * packed
+            yield Example(label, lambda a=sizes, m=more: run_delta_rule(*a, **m))
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -253,5 +318,11 @@ CATALOG = (
         _small_expert_mlp,
         _matrix_expert_mlp,
         ("forward_kernel", "backward_kernel", "multiply_mlp_columns", "_multiply_rows"),
+    ),
+    Entry(
+        "delta_rule",
+        _small_delta_rule,
+        _matrix_delta_rule,
+        ("forward_kernel", "backward_kernel", "gradients_kernel", "channel_gradients_kernel"),
     ),
 )

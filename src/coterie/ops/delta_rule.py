@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from coterie.ops import _delta_rule_chunks as chunks
+from coterie.ops import _delta_rule_triton
 from coterie.ops._arguments import check_tensor, choose_impl
 from coterie.ops._delta_rule_chunks import Inputs
 
@@ -55,7 +56,8 @@ def delta_rule(
         token_mask: [B, L] bool; False is padding, whatever it contains: it changes no state, and its output is 0.
         chunk_size: how many tokens impl="torch" takes at once, 16 · a power of two. None: 32 on a CPU, else 64.
         return_state: whether the state is wanted.
-        impl: "reference" (token by token, any dtype, twice differentiable) | "torch" (chunk by chunk).
+        impl: "reference" (token by token, any dtype, twice differentiable) | "torch" (chunk by chunk) | "triton" (the
+            same in kernels, float16, bfloat16 and float32, P up to 256). None: triton on a GPU, else torch.
 
     Returns:
         o [B, L, H, V] in v's dtype, and the state [B, H, P, V] (packed: one per sequence) in float32, float64 for
@@ -66,7 +68,8 @@ def delta_rule(
         TypeError: a dtype is.
     """
     check_tensor("q", q, (None, None, None, None), "[B, L, H', P]")
-    impl = choose_impl(impl, q, ("reference", "torch"))
+    is_short = impl != "triton" and cu_seqlens is None and q.shape[1] <= _FEW_TOKENS
+    impl = choose_impl(impl, q)
     _check(q, k, v, g, erase, beta, initial_state, cu_seqlens, token_mask, chunk_size)
     batch, length, _, key_width = q.shape
     heads, value_width = v.shape[2:]
@@ -86,12 +89,16 @@ def delta_rule(
     if impl == "reference" and cu_seqlens is not None:
         parts = [_recurrent(_slice(inputs, *ends), initial_state[i : i + 1], scale) for i, ends in enumerate(bounds)]
         o, state = torch.cat([o for o, _ in parts], 1), torch.cat([state for _, state in parts])
-    elif impl == "reference" or (cu_seqlens is None and length <= _FEW_TOKENS):
+    elif impl == "reference" or is_short:
         o, state = _recurrent(inputs, initial_state, scale)
     else:
-        flat = (t if t is None else t.flatten(0, 1) for t in inputs)
-        ends = None if cu_seqlens is None else torch.tensor(bounds)
-        o, state, _ = _op(*flat, initial_state, ends, scale, chunk_size or (32 if q.device.type == "cpu" else 64))
+        flat = [t if t is None else t.flatten(0, 1) for t in inputs]
+        if impl == "triton":
+            o, state, *_ = _delta_rule_triton.delta_rule(*flat, initial_state.float(), cu_seqlens, scale)
+        else:
+            ends = None if cu_seqlens is None else torch.tensor(bounds)
+            chunk_size = chunk_size or (32 if q.device.type == "cpu" else 64)
+            o, state, _ = _op(*flat, initial_state, ends, scale, chunk_size)
         o = o.unflatten(0, (batch, length))
     return o, state if return_state else None
 
