@@ -41,7 +41,7 @@ MIXERS = {
 
 
 class Model(nn.Module):
-    """Embedding, layers of short convolution, mixer and MLP, and the head, which is the embedding: [B, L] ids → [B, L, vocabulary] logits.
+    """Embedding, layers of short convolution, mixer and MLP, and the embedding as the head: ids [B, L] → logits.
 
     Every mixer has the convolution before it, as in Zoology: with it, attention need not find out first which token
     came before.

