@@ -318,7 +318,7 @@ def draw(results: Sequence[Result], facts: Mapping) -> "Figure":
     figure = matplotlib.figure.Figure(figsize=size, dpi=110)
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.75 / size[1]))
     figure.text(0.01, 1 - 0.1 / size[1], "The delta rule beside full attention", size=15, weight="bold", va="top")
-    said = f"median times; {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}"
+    said = f"median times, less is faster; {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}"
     figure.text(0.01, 1 - 0.43 / size[1], said, size=9, color="#777777", va="top")
     panels = figure.subplots(len(dtypes), len(kinds), squeeze=False)
     for axes, (dtype, kind) in zip(panels.flat, [(d, k) for d in dtypes for k in kinds], strict=True):
@@ -336,6 +336,10 @@ def draw(results: Sequence[Result], facts: Mapping) -> "Figure":
                 axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=3)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatted("{x:g}")
+        axes.tick_params(which="minor", labelsize=7)
         axes.set_title(
             f"{'a step of decoding' if kind == DECODE else kind}, {dtype}", loc="left", size=10, weight="bold"
         )

@@ -1,6 +1,7 @@
 """Linear attentions by name, against flash-linear-attention's references and transformers' own."""
 
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 
@@ -138,7 +139,8 @@ def test_qwen3_next(kind, key_heads):
     pytest.importorskip("transformers")
     from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
-    theirs = getattr(qwen, f"torch_{kind}_gated_delta_rule")
+    # Without the wrapper that takes flash-linear-attention's kernels where they are installed.
+    theirs = inspect.unwrap(getattr(qwen, f"torch_{kind}_gated_delta_rule"))
     q, k, v, g, beta, state = inputs(key_heads=key_heads)
 
     def normalised(q, k, v, g, b, s):

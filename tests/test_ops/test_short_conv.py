@@ -167,6 +167,11 @@ def test_compiles_in_one_piece():
             r"initial_state must have .* \[2, 3, 5\], got \(2, 2, 5\)",
         ),
         ({"token_mask": torch.ones(2, 6)}, TypeError, "token_mask must be torch.bool, got torch.float32"),
+        (
+            {"x": torch.zeros(1, 6, 5), "cu_seqlens": torch.tensor([0, 4])},
+            ValueError,
+            r"cu_seqlens must go from 0 to L = 6 and never down, got \[0, 4\]",
+        ),
         ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, "cu_seqlens needs B = 1 .* got B = 2, 2 bounds"),
     ],
 )

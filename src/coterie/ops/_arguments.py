@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,6 +40,21 @@ def check_sizes(name: str, sizes: Sequence[int], letters: str) -> None:
     """Raises unless every one of these sizes of a tensor is at least 1."""
     if min(sizes) < 1:
         raise ValueError(f"{name} must have {letters} of at least 1, got {', '.join(map(str, sizes))}")
+
+
+def check_cu_seqlens(cu_seqlens: object, batch: int) -> None:
+    """Raises unless it can be the bounds of packed sequences; their values are not looked at."""
+    check_tensor("cu_seqlens", cu_seqlens, (None,), "[number of sequences + 1]", dtype=torch.int64)
+    if batch != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens needs B = 1 and a sequence at least, got B = {batch}, {len(cu_seqlens)} bounds")
+
+
+def read_cu_seqlens(cu_seqlens: Tensor, length: int) -> list[tuple[int, int]]:
+    """Where each sequence begins and ends; ValueError unless they fill the length. Waits for an accelerator."""
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != length or any(a > b for a, b in pairwise(ends)):
+        raise ValueError(f"cu_seqlens must go from 0 to L = {length} and never down, got {ends}")
+    return list(pairwise(ends))
 
 
 def choose_impl(impl: str | None, tensor: Tensor, accepted: Sequence[str] = ("reference", "torch", "triton")) -> str:

@@ -8,15 +8,13 @@ e = βk and z = βv this is the gated delta rule (Yang 2024, arXiv:2412.06464), 
 GLA, Mamba-2. `coterie.ops.linear_attention` has them by name.
 """
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from coterie.ops import _delta_rule_chunks as chunks
 from coterie.ops import _delta_rule_triton
-from coterie.ops._arguments import check_tensor, choose_impl
+from coterie.ops._arguments import check_cu_seqlens, check_tensor, choose_impl, read_cu_seqlens
 from coterie.ops._delta_rule_chunks import Inputs
 
 # Sequences up to this long go token by token: a chunk would be mostly padding.
@@ -76,7 +74,7 @@ def delta_rule(
     if token_mask is not None:
         q, k, v, g, erase, beta = (t if t is None else _masked(t, token_mask) for t in (q, k, v, g, erase, beta))
     if cu_seqlens is not None:
-        bounds = _bounds(length, cu_seqlens)
+        bounds = read_cu_seqlens(cu_seqlens, length)
     if initial_state is None:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         initial_state = q.new_zeros(
@@ -234,13 +232,6 @@ def _masked(t: Tensor, token_mask: Tensor) -> Tensor:
     return t.masked_fill(~token_mask.view(*token_mask.shape, *[1] * (t.dim() - 2)), 0.0)
 
 
-def _bounds(length: int, cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != length or any(a > b for a, b in pairwise(ends)):
-        raise ValueError(f"cu_seqlens must go from 0 to L = {length} and never down, got {ends}")
-    return list(pairwise(ends))
-
-
 def _check(q, k, v, g, erase, beta, initial_state, cu_seqlens, token_mask, chunk_size) -> None:
     batch, length, key_heads, key_width = q.shape
     check_tensor("k", k, tuple(q.shape), "[B, L, H', P]", dtype=q.dtype)
@@ -264,11 +255,7 @@ def _check(q, k, v, g, erase, beta, initial_state, cu_seqlens, token_mask, chunk
     if beta is not None:
         check_tensor("beta", beta, (batch, length, heads), "[B, L, H]")
     if cu_seqlens is not None:
-        check_tensor("cu_seqlens", cu_seqlens, (None,), "[number of sequences + 1]", dtype=torch.int64)
-        if batch != 1 or len(cu_seqlens) < 2:
-            raise ValueError(
-                f"cu_seqlens needs B = 1 and a sequence at least, got B = {batch}, {len(cu_seqlens)} bounds"
-            )
+        check_cu_seqlens(cu_seqlens, batch)
     if initial_state is not None:
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
         check_tensor("initial_state", initial_state, (sequences, heads, key_width, value_width), "[B, H, P, V]")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.ops._arguments import check_tensor
+from coterie.ops._arguments import check_cu_seqlens, check_tensor, read_cu_seqlens
 
 
 def short_conv(
@@ -39,7 +39,7 @@ def short_conv(
         sequence) in x's dtype. Gradients to every tensor.
 
     Raises:
-        ValueError: a shape or the activation is wrong.
+        ValueError: a shape or the activation is wrong; on a CPU also bounds that do not fill L.
         TypeError: a dtype is.
     """
     check_tensor("x", x, (None, None, None), "[B, L, channels]")
@@ -55,11 +55,9 @@ def short_conv(
     if token_mask is not None:
         check_tensor("token_mask", token_mask, (batch, length), "[B, L]", dtype=torch.bool)
     if cu_seqlens is not None:
-        check_tensor("cu_seqlens", cu_seqlens, (None,), "[number of sequences + 1]", dtype=torch.int64)
-        if batch != 1 or len(cu_seqlens) < 2:
-            raise ValueError(
-                f"cu_seqlens needs B = 1 and a sequence at least, got B = {batch}, {len(cu_seqlens)} bounds"
-            )
+        check_cu_seqlens(cu_seqlens, batch)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            read_cu_seqlens(cu_seqlens, length)
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
     if initial_state is None:
         initial_state = x.new_zeros(sequences, width - 1, channels)
