@@ -98,10 +98,10 @@ def test_the_least_loss_chooses_the_rate_and_the_median_is_judged(quality):
         run("gated delta", 3e-3, 0, 0.99, 0.1),
         run("gated delta", 3e-3, 1, 0.2, float("nan")),
         run("gated delta", 3e-3, 2, 1.0, 0.1),
-        run("attention", 1e-3, 0, 1.0, 0.1),
-        run("hybrid 3:1", 1e-3, 0, 0.98, 0.1),
+        run(quality.DEEP_ATTENTION, 1e-3, 0, 1.0, 0.1),
+        run(quality.HYBRID, 1e-3, 0, 0.98, 0.1),
     ]
-    rates = {mixer: quality.best_rate(runs, mixer) for mixer in ("gated delta", "attention", "hybrid 3:1")}
+    rates = {mixer: quality.best_rate(runs, mixer) for mixer in ("gated delta", quality.DEEP_ATTENTION, quality.HYBRID)}
     assert rates["gated delta"] == 3e-3
     recall, hybrid = quality.expectations(runs, rates)
     assert (recall["value"], recall["expected"], recall["met"]) == (0.99, "≥ 0.98", True)

@@ -8,26 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coterie.modules import Attention, GatedMLP, LinearAttention, RMSNorm, RotaryEmbedding
+from coterie.modules import Attention, LinearAttention, RMSNorm, RotaryEmbedding
 from coterie.ops import short_conv
 
-NUM_LAYERS, DIM, NUM_HEADS, CONV = 4, 64, 2, 4
+DIM, NUM_HEADS, CONV = 64, 2, 4
 
 
 @dataclass(frozen=True)
 class Mixer:
-    """layers: "linear" or "attention" each; settings: of the linear ones."""
+    """layers: "linear" or "attention" each; a single one is repeated. settings: of the linear ones."""
 
     layers: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _linear(rule: str, **settings) -> Mixer:
-    return Mixer(("linear",) * NUM_LAYERS, {"rule": rule, **settings})
+    return Mixer(("linear",), {"rule": rule, **settings})
 
 
+DEEP_ATTENTION, HYBRID = "attention, 4 layers", "hybrid 3:1, 4 layers"
 MIXERS = {
-    "attention": Mixer(("attention",) * NUM_LAYERS),
+    "attention": Mixer(("attention",)),
     "linear": _linear("linear"),
     "gla": _linear("gla"),
     "delta": _linear("delta"),
@@ -36,27 +37,30 @@ MIXERS = {
     "gated delta ±": _linear("gated_delta", allow_negative_eigenvalues=True),
     "kda": _linear("kda"),
     "kda ±": _linear("kda", allow_negative_eigenvalues=True),
-    "hybrid 3:1": Mixer(("linear",) * (NUM_LAYERS - 1) + ("attention",), {"rule": "gated_delta"}),
+    DEEP_ATTENTION: Mixer(("attention",) * 4),
+    HYBRID: Mixer(("linear",) * 3 + ("attention",), {"rule": "gated_delta"}),
 }
 
 
 class Model(nn.Module):
-    """Embedding, layers of short convolution, mixer and MLP, and the embedding as the head: ids [B, L] → logits.
+    """Embedding, mixers one after another, and the embedding as the head: ids [B, L] → logits.
 
-    Every mixer has the convolution before it, as in Zoology: with it, attention need not find out first which token
-    came before.
+    There are no MLPs: what is learned, mixers learn. All of them see the last tokens through a short convolution:
+    linear attention through its own, attention through one before it, so that it need not find out first which token
+    came before. Mixers begin with hardly any output, beside which the embedding is of size 1.
     """
 
-    def __init__(self, vocab_size: int, mixer: Mixer) -> None:
+    def __init__(self, vocab_size: int, mixer: Mixer, num_layers: int) -> None:
         super().__init__()
+        kinds = mixer.layers * num_layers if len(mixer.layers) == 1 else mixer.layers
         self.embedding = nn.Embedding(vocab_size, DIM)
-        self.layers = nn.ModuleList(_Layer(kind, mixer.settings) for kind in mixer.layers)
         nn.init.normal_(self.embedding.weight, std=DIM**-0.5)
+        self.layers = nn.ModuleList(_Layer(kind, mixer.settings) for kind in kinds)
         self.norm = RMSNorm(DIM)
         self.rotary = RotaryEmbedding(DIM // NUM_HEADS)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
+        x = self.embedding(ids) * DIM**0.5
         rotary = self.rotary(torch.arange(ids.shape[1]))
         for layer in self.layers:
             x = layer(x, rotary)
@@ -66,15 +70,15 @@ class Model(nn.Module):
 class _Layer(nn.Module):
     def __init__(self, kind: str, settings: Mapping[str, Any]) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(RMSNorm(DIM) for _ in range(3))
-        self.conv = nn.Parameter(torch.randn(DIM, CONV) * CONV**-0.5)
-        linear = {"short_conv": 0, **settings}
-        self.mixer = LinearAttention(DIM, NUM_HEADS, **linear) if kind == "linear" else Attention(DIM, NUM_HEADS)
-        self.mlp = GatedMLP(DIM, 2 * DIM)
-        for part in (self.mixer, self.mlp):
-            part.reset_parameters(DIM**-0.5)
+        self.norm, self.conv, self.conv_norm = RMSNorm(DIM), None, None
+        if kind == "linear":
+            self.mixer = LinearAttention(DIM, NUM_HEADS, short_conv=CONV, **settings)
+        else:
+            self.mixer = Attention(DIM, NUM_HEADS)
+            self.conv, self.conv_norm = nn.Parameter(torch.randn(DIM, CONV) * CONV**-0.5), RMSNorm(DIM)
+        self.mixer.reset_parameters(DIM**-0.5, output_std=0.1 * DIM**-0.5)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + short_conv(self.norms[0](x), self.conv)[0]
-        x = x + self.mixer(self.norms[1](x), rotary)
-        return x + self.mlp(self.norms[2](x))
+        if self.conv is not None:
+            x = x + short_conv(self.conv_norm(x), self.conv)[0]
+        return x + self.mixer(self.norm(x), rotary)

@@ -2,8 +2,9 @@
 
     python benchmarks/quality/run.py mqar
 
-Models of 4 layers and width 64 that differ in their mixers alone are trained on data made as they go: every mixer at
-every learning rate with one seed, then with more seeds at the rate with the least loss. Runs share out the cores.
+Models of width 64 and one or two layers (the hybrid and its twin: four) that differ in their mixers alone are trained
+on data made as they go: every mixer at every learning rate with one seed, then with more seeds at the rate with the
+least loss. Runs share out the cores.
 """
 
 import math
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import _tell
 from coterie.report import format_table
-from quality.mixers import MIXERS, Model
+from quality.mixers import DEEP_ATTENTION, HYBRID, MIXERS, Model
 from quality.tasks import IGNORED, TASKS, Task
 
 if TYPE_CHECKING:
@@ -47,15 +48,15 @@ AT_MOST = {
     ("parity", "on to 160", "gated delta"): 0.97,
     ("parity", "on to 160", "delta"): 0.97,
 }
-HYBRID, ATTENTION, WITHIN = "hybrid 3:1", "attention", 0.01
-_BATCH, _TEST_BATCH, _CHECK_EVERY, _SOLVED = 64, 256, 50, 2e-3
+WITHIN = 0.01
+_BATCH, _TEST_BATCH, _CHECK_EVERY, _SOLVED = 32, 256, 50, 1e-4
 
 
 @dataclass
 class Options:
     """Train small models on a synthetic task and compare their mixers: table, JSON and PNG.
 
-    With no options: ten mixers, three learning rates, three seeds, fifty runs of a minute or two on a slow core each.
+    With no options: eleven mixers, two learning rates, three seeds; 44 runs of up to a minute on a core each.
     """
 
     task: Annotated[str, tyro.conf.Positional, arg(metavar="{" + ",".join(TASKS) + "}")]
@@ -64,7 +65,7 @@ class Options:
     """Three mixers, one learning rate, one seed, few steps: to see that it runs."""
     mixers: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = ()
     """Only these."""
-    learning_rates: Annotated[tuple[float, ...], arg(metavar="RATE ...")] = (1e-3, 3e-3, 1e-2)
+    learning_rates: Annotated[tuple[float, ...], arg(metavar="RATE ...")] = (3e-3, 1e-2)
     """Of AdamW, to choose from."""
     seeds: Annotated[int, arg(metavar="INT")] = 3
     """Runs with the chosen learning rate."""
@@ -159,7 +160,7 @@ def train(run: Run) -> Run:
     """The run with its results. Same run, same results."""
     start, task = time.monotonic(), TASKS[run.task]
     torch.manual_seed(run.seed)
-    model = Model(task.vocab_size, MIXERS[run.mixer])
+    model = Model(task.vocab_size, MIXERS[run.mixer], task.layers)
     generator = torch.Generator().manual_seed(run.seed)
     optimizer = torch.optim.AdamW(model.parameters(), run.learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=run.steps))
@@ -246,11 +247,11 @@ def expectations(runs: Sequence[Run], rates: Mapping[str, float]) -> list[dict[s
                 value = median(mixer, test)
                 met = value >= bar if sign == "≥" else value <= bar
                 found.append({"what": f"{mixer}, {test}", "value": value, "expected": f"{sign} {bar}", "met": met})
-    if {HYBRID, ATTENTION} <= rates.keys():
+    if {HYBRID, DEEP_ATTENTION} <= rates.keys():
         for test in TASKS[name].tests:
-            least, value = median(ATTENTION, test) - WITHIN, median(HYBRID, test)
-            told = {"what": f"{HYBRID}, {test}", "value": value, "expected": f"≥ {least:.3f}, attention's − {WITHIN}"}
-            found.append({**told, "met": value >= least})
+            least, value = median(DEEP_ATTENTION, test) - WITHIN, median(HYBRID, test)
+            expected = f"≥ {least:.3f}, {DEEP_ATTENTION}, − {WITHIN}"
+            found.append({"what": f"{HYBRID}, {test}", "value": value, "expected": expected, "met": value >= least})
     return found
 
 
@@ -269,13 +270,15 @@ def draw(runs: Sequence[Run], rates: Mapping[str, float], task: Task, name: str)
     figure = matplotlib.figure.Figure(figsize=size, dpi=110)
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.7 / size[1]))
     figure.text(0.01, 1 - 0.1 / size[1], f"{name}: accuracy by mixer", size=14, weight="bold", va="top")
-    said = f"4 layers of width 64; median and every seed at the best learning rate; {task.source}"
+    said = (
+        f"Width 64, layers: {task.layers} if not said; median and every seed at the best learning rate; {task.source}"
+    )
     figure.text(0.01, 1 - 0.42 / size[1], said, size=8.5, color="#777777", va="top")
     panels = figure.subplots(1, len(task.tests), squeeze=False, sharey=True)[0]
     for axes, test in zip(panels, task.tests, strict=True):
         for place, mixer in enumerate(rates):
             scores = chosen(runs, rates, mixer, test)
-            colour = _tell.COLOURS[2 if mixer == ATTENTION else 4 if mixer == HYBRID else 0]
+            colour = _tell.COLOURS[2 if mixer in ("attention", DEEP_ATTENTION) else 4 if mixer == HYBRID else 0]
             axes.barh(place, statistics.median(scores), 0.7, color=colour)
             axes.plot(scores, [place] * len(scores), ".", color="#222222", markersize=4)
         axes.set_yticks(range(len(rates)), rates)

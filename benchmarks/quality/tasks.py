@@ -16,6 +16,7 @@ class Task:
     Attributes:
         vocab_size: of the ids and the targets.
         length: trained at.
+        layers: of the models, but for those that are to have more.
         tests: what is scored → its length; of positions from the trained length on, where there are such.
         steps: of training, at most.
         source: where the task comes from.
@@ -23,6 +24,7 @@ class Task:
 
     vocab_size: int
     length: int
+    layers: int
     tests: Mapping[str, int]
     steps: int
     sample: Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
@@ -32,12 +34,12 @@ class Task:
 def recall_many(
     batch: int, length: int, generator: torch.Generator, *, pairs: int, vocab: int
 ) -> tuple[Tensor, Tensor]:
-    """Pairs of a key and a value, then the keys again among random tokens: what was the value?
+    """Pairs of a key and a value, then the keys again among random values: what was the value?
 
-    Keys are of the lower half of the vocabulary, values of the upper.
+    Keys are of the lower half of the vocabulary, values of the upper. Random keys would ask and tell, too.
     """
     half, told = vocab // 2, 2 * pairs
-    ids = torch.randint(vocab, (batch, length), generator=generator)
+    ids = torch.randint(half, vocab, (batch, length), generator=generator)
     targets = torch.full_like(ids, IGNORED)
     keys = torch.rand(batch, half, generator=generator).argsort(1)[:, :pairs]
     values = torch.randint(half, vocab, (batch, pairs), generator=generator)
@@ -97,34 +99,38 @@ def _with(sample: Callable, **settings) -> Callable:
 
 TASKS = {
     "mqar": Task(
-        vocab_size=256,
+        vocab_size=64,
         length=64,
+        layers=1,
         tests={"L 64, 8 pairs": 64},
-        steps=800,
-        sample=_with(recall_many, pairs=8, vocab=256),
+        steps=600,
+        sample=_with(recall_many, pairs=8, vocab=64),
         source="Zoology, arXiv:2312.04927",
     ),
     "noisy-recall": Task(
         vocab_size=48,
         length=64,
+        layers=1,
         tests={"L 64": 64},
-        steps=600,
+        steps=400,
         sample=_with(recall_noisily, keys=16, noise=0.3),
         source="MAD, arXiv:2403.17844",
     ),
     "selective-copy": Task(
         vocab_size=18,
         length=64,
+        layers=2,
         tests={"L 64, 8 tokens": 64},
-        steps=600,
+        steps=500,
         sample=_with(copy_selectively, copied=8, vocab=16),
         source="MAD, arXiv:2403.17844",
     ),
     "parity": Task(
         vocab_size=2,
         length=40,
+        layers=2,
         tests={"L 40": 40, "on to 160": 160},
-        steps=600,
+        steps=400,
         sample=parity,
         source="arXiv:2411.12537",
     ),

@@ -8,8 +8,9 @@ log decay of a chunk of C tokens and S the state before it (Yang 2024, arXiv:240
 One launch takes all chunks at once and solves their triangles, one takes the states from chunk to chunk. Backward goes
 through the chunks once in each direction, and then takes them all at once. With `beta`, e = βk and z = βv are formed in
 the kernels and are never in memory. With a decay for each channel the first launch also forms what the second would
-have to decay, and backward begins with it again. Tensors are [N, heads, ..], contiguous; no host waits, there are no
-atomics.
+have to decay, and backward begins with it again. Long sequences of few heads are cut into segments, which are worked on
+side by side once three launches more, two backward, have found their states. Tensors are [N, heads, ..], contiguous; no
+host waits, there are no atomics.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from coterie_kernels.delta_rule_chunks import num_slots, solved_size
 from coterie_kernels.delta_rule_forward import forward_kernel
 from coterie_kernels.delta_rule_gradients import gradients_kernel
 from coterie_kernels.delta_rule_prepare import prepare_kernel
+from coterie_kernels.delta_rule_segments import segment_decays, segment_length, through_segments
 from coterie_kernels.delta_rule_tiles import DeltaTiles, delta_rule_tiles
 from coterie_kernels.target import dot_precision, on_its_device, target_of
 from coterie_kernels.tiles import TILES
@@ -53,13 +55,19 @@ class _Prepared:
 
 def kept_shapes(
     q: Tensor, v: Tensor, g: Tensor | None, erases: bool, num_sequences: int, packed: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of what is kept for backward: cumulative decays, float32, and solved triangles, as `solved_dtype` says."""
-    chunk = _tiles(q, v).chunk
-    slots, heads = num_slots(q.shape[0], num_sequences, packed, chunk), v.shape[1]
+) -> tuple[tuple[int, ...], ...]:
+    """Of what is kept for backward: cumulative decays, float32; solved triangles, as `solved_dtype` says; and the
+    states before segments and their F, float32."""
+    tiles = _tiles(q, v)
+    chunk, (_, heads, width) = tiles.chunk, v.shape
+    slots = num_slots(q.shape[0], num_sequences, packed, chunk)
     has_decay, by_channel = g is not None, g is not None and g.dim() == 3
     total = (slots if has_decay and not by_channel else 0, heads, _parts(q), chunk)
-    return total, (slots if erases and not by_channel else 0, heads, solved_size(chunk))
+    solved = slots if erases and not by_channel else 0, heads, solved_size(chunk)
+    length, segment = _lengths(q, v, num_sequences, packed, tiles)
+    segments = 0 if segment is None else num_sequences * -(-length // segment)
+    states = segments, heads, q.shape[2]
+    return total, solved, (*states, width), (*states, q.shape[2]) if erases else states
 
 
 def solved_dtype(q: Tensor) -> torch.dtype:
@@ -77,7 +85,7 @@ def forward(
     before: Tensor,
     ends: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Outputs, the states after the last tokens, and what backward wants.
 
     Args:
@@ -86,13 +94,15 @@ def forward(
         ends: [number of sequences + 1] int64, the bounds of packed sequences; None: all are of one length.
 
     Returns:
-        o [N, H, V]; after, as before; total and solved as `kept_shapes` says.
+        o [N, H, V]; after, as before; and four tensors as `kept_shapes` says.
     """
-    tiles = _tiles(q, v)
-    prepared = _prepare(q, k, v, g, erase, beta, before.shape[0], ends, tiles)
-    o, after = torch.empty_like(v), torch.empty_like(before)
-    if before.numel():
-        forward_kernel[(_state_programs(before, tiles.forward),)](
+    tiles, num_sequences, erases = _tiles(q, v), before.shape[0], _erases(erase, beta)
+    prepared = _prepare(q, k, v, g, erase, beta, num_sequences, ends, tiles)
+    length, segment = _lengths(q, v, num_sequences, ends is not None, tiles)
+    o, after, starts, factors = torch.empty_like(v), torch.empty_like(before), None, None
+
+    def scan(v: Tensor | None, before: Tensor | None, o: Tensor | None, after: Tensor) -> Tensor:
+        forward_kernel[(_state_programs(after, tiles.forward),)](
             prepared.q,
             prepared.k,
             v,
@@ -106,16 +116,40 @@ def forward(
             before,
             o,
             after,
-            _length(q, before),
+            length,
+            segment,
             scale,
-            V=v.shape[2],
-            **_sizes(prepared.q, v, prepared.erase),
+            V=after.shape[3],
+            **_sizes(prepared.q, after, prepared.erase),
             **tiles.forward,
         )
-    total_shape, solved_shape = kept_shapes(q, v, g, _erases(erase, beta), before.shape[0], ends is not None)
-    total = prepared.total if total_shape[0] else q.new_empty(total_shape, dtype=torch.float32)
-    solved = prepared.solved if solved_shape[0] else q.new_empty(solved_shape, dtype=solved_dtype(q))
-    return o, after, total, solved
+        return after
+
+    shapes = kept_shapes(q, v, g, erases, num_sequences, ends is not None)
+    if segment is not None:
+        own = scan(v, None, None, before.new_empty(shapes[2]))
+        if erases:
+            factors = scan(None, None, None, before.new_empty(shapes[3]))
+        else:
+            factors = segment_decays(g, own, num_sequences, segment)
+        starts = through_segments(before, factors, own, dot_precision(before))
+        after = (
+            scan(v, starts, o, own)
+            .unflatten(0, (num_sequences, -1))[:, -1]
+            .clone(memory_format=torch.contiguous_format)
+        )
+    elif before.numel():
+        scan(v, before, o, after)
+    kept = prepared.total, prepared.solved, starts, factors
+    dtypes = torch.float32, solved_dtype(q), torch.float32, torch.float32
+    return (
+        o,
+        after,
+        *(
+            t if shape[0] else q.new_empty(shape, dtype=dtype)
+            for t, shape, dtype in zip(kept, shapes, dtypes, strict=True)
+        ),
+    )
 
 
 def _prepare(
@@ -133,7 +167,7 @@ def _prepare(
     slots = num_slots(q.shape[0], num_sequences, ends is not None, tiles.chunk)
     triangle = (slots, heads, solved_size(tiles.chunk))
     solved = q.new_empty(triangle, dtype=solved_dtype(q)) if erases else None
-    length, sizes = q.shape[0] // max(num_sequences, 1), _sizes(q, v, erase)
+    length, sizes = _length(q, num_sequences), _sizes(q, v, erase)
     if not by_channel:
         total = None if g is None else q.new_empty(slots, heads, _parts(q), tiles.chunk, dtype=torch.float32)
         if slots and (g is not None or erases):
@@ -181,6 +215,8 @@ def backward(
     ends: Tensor | None,
     total: Tensor,
     solved: Tensor,
+    starts: Tensor,
+    factors: Tensor,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
     """Gradients to q, k, v, g, erase, beta and before, from those to o and after."""
@@ -194,8 +230,11 @@ def backward(
     states, grad_states = (q.new_empty(slots, *before.shape[1:]) for _ in range(2))
     grad_z, grad_before = torch.empty_like(v), torch.empty_like(before)
     delta = torch.empty_like(v) if erases else None
-    if before.numel():
-        backward_kernel[(_state_programs(before, tiles.backward),)](
+    length, segment = _lengths(q, v, num_sequences, ends is not None, tiles)
+
+    def scan(grad_after: Tensor | None, before: Tensor | None, grad_before: Tensor, *written: Tensor | None) -> Tensor:
+        grad_z, grad_states, delta, states = written or (None,) * 4
+        backward_kernel[(_state_programs(grad_before, tiles.backward),)](
             grad,
             grad_after,
             prepared.q,
@@ -214,12 +253,26 @@ def backward(
             grad_before,
             delta,
             states,
-            _length(q, before),
+            length,
+            segment,
             scale,
             V=v.shape[2],
             **_sizes(prepared.q, v, prepared.erase),
             **tiles.backward,
         )
+        return grad_before
+
+    written = grad_z, grad_states, delta, states
+    if segment is not None:
+        own = scan(None, None, torch.empty_like(starts))
+        grad_ends = through_segments(grad_after, factors, own, dot_precision(before), backward=True)
+        grad_before = (
+            scan(grad_ends, starts, own, *written)
+            .unflatten(0, (num_sequences, -1))[:, 0]
+            .clone(memory_format=torch.contiguous_format)
+        )
+    elif before.numel():
+        scan(grad_after, before, grad_before, *written)
     heads = v.shape[1]
     grad_v = grad_z if beta is None else torch.empty_like(v)
     grad_g = None if g is None else torch.empty_like(g)
@@ -255,7 +308,7 @@ def backward(
             grad_g,
             grad_erase,
             grad_beta,
-            _length(q, before),
+            length,
             num_sequences,
             scale,
             V=v.shape[2],
@@ -287,8 +340,16 @@ def _sizes(q: Tensor, v: Tensor, erase: Tensor | None) -> dict[str, int | str]:
     }
 
 
-def _length(q: Tensor, states: Tensor) -> int:
-    return q.shape[0] // max(states.shape[0], 1)
+def _length(q: Tensor, num_sequences: int) -> int:
+    return q.shape[0] // max(num_sequences, 1)
+
+
+def _lengths(q: Tensor, v: Tensor, num_sequences: int, packed: bool, tiles: DeltaTiles) -> tuple[int, int | None]:
+    """Of the sequences and, where they are cut into such, of the segments. What is packed is many sequences already."""
+    length = _length(q, num_sequences)
+    programs = num_sequences * v.shape[1] * triton.cdiv(v.shape[2], tiles.forward["COLUMNS"])
+    segment = length if packed else segment_length(length, tiles.chunk, programs)
+    return length, segment if segment < length else None
 
 
 def _parts(q: Tensor) -> int:

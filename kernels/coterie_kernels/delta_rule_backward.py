@@ -13,14 +13,14 @@ from coterie_kernels.delta_rule_chunks import (
     load_rows,
     load_state,
     load_triangle,
-    sequence_bounds,
+    segment_bounds,
     store_rows,
     store_state,
 )
 from coterie_kernels.delta_rule_forward import advance, chunk_edits, load_beta, load_whole
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "segment"])
 def backward_kernel(
     grad_ptr,
     grad_after_ptr,
@@ -41,6 +41,7 @@ def backward_kernel(
     delta_ptr,
     states_ptr,
     length,
+    segment,
     scale,
     HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
@@ -58,23 +59,30 @@ def backward_kernel(
     dΔ = Mᵀ dO + K̂ dS', dZ = dR = Tᵀ dΔ, dS = Q̃ᵀ dO + exp(G_C) dS' − Ẽᵀ dR. Neither S nor Δ is needed for them, so that
     both directions are one launch. Written: grad_z [N, H, V]; the gradients to the states after, and the states before,
     each chunk [slots, H, P, V]; delta [N, H, V], if anything is erased (else it is v); the gradient to the first state.
+
+    With a `segment`, a program has that part of a sequence. Without grad_after_ptr nothing after it has a gradient, and
+    the gradient to the first state alone is found.
     """
     ERASES: tl.constexpr = solved_ptr is not None
     TILES: tl.constexpr = tl.cdiv(V, COLUMNS)
     state = (tl.program_id(0) // TILES).to(tl.int64)
     sequence, head = state // HEADS, state % HEADS
     width, column = tl.arange(0, WIDTH), (tl.program_id(0) % TILES) * COLUMNS + tl.arange(0, COLUMNS)
-    start, stop, first_slot = sequence_bounds(ends_ptr, sequence, length, CHUNK)
+    start, stop, first_slot = segment_bounds(ends_ptr, sequence, length, segment, CHUNK)
     chunks = tl.cdiv(stop - start, CHUNK)
     key_head = head // (HEADS // KEY_HEADS)
 
-    grad_state = load_state(grad_after_ptr, state, width, column, P, V).to(tl.float32)
+    if grad_after_ptr is None:
+        grad_state = tl.zeros([WIDTH, COLUMNS], tl.float32)
+    else:
+        grad_state = load_state(grad_after_ptr, state, width, column, P, V).to(tl.float32)
     for step in range(chunks):
         chunk = chunks - 1 - step
         token = start + chunk * CHUNK + tl.arange(0, CHUNK)
         is_token = token < stop
         place = (first_slot + chunk) * HEADS + head
-        store_state(grad_states_ptr, grad_state, place, width, column, P, V)
+        if grad_states_ptr is not None:
+            store_state(grad_states_ptr, grad_state, place, width, column, P, V)
         q = load_rows(q_ptr, token, is_token, key_head, width, KEY_HEADS, P)
         k = load_rows(k_ptr, token, is_token, key_head, width, KEY_HEADS, P)
         grad = load_rows(grad_ptr, token, is_token, head, column, HEADS, V)
@@ -110,8 +118,11 @@ def backward_kernel(
                 erase = load_rows(erase_ptr, token, is_token, head // (HEADS // ERASE_HEADS), width, ERASE_HEADS, P)
                 erase = erase.to(k.dtype)
             grad_state = add_dot(tl.trans(erase), held, grad_state, ERASES, PRECISION)
-        store_rows(grad_z_ptr, grad_z, token, is_token, head, column, HEADS, V)
+        if grad_z_ptr is not None:
+            store_rows(grad_z_ptr, grad_z, token, is_token, head, column, HEADS, V)
     store_state(grad_before_ptr, grad_state, state, width, column, P, V)
+    if states_ptr is None:
+        return
 
     values = load_state(before_ptr, state, width, column, P, V)
     for chunk in range(chunks):

@@ -27,8 +27,23 @@ def solved_size(chunk: int) -> int:
 @triton.jit
 def sequence_bounds(ends_ptr, sequence, length, CHUNK: tl.constexpr):
     """(first token, past the last token, first slot) in int64; ends_ptr: None where all sequences have that length."""
+    return segment_bounds(ends_ptr, sequence, length, None, CHUNK)
+
+
+@triton.jit
+def segment_bounds(ends_ptr, sequence, length, segment, CHUNK: tl.constexpr):
+    """The same of a segment of so many tokens, or what is left, if that is not None: then `sequence` counts segments.
+
+    A segment's chunks have the slots that they have in the sequence, of which it is a multiple of C.
+    """
     sequence = sequence.to(tl.int64)
-    if ends_ptr is None:
+    if segment is not None:
+        segments = tl.cdiv(length, segment)
+        part = sequence % segments
+        start, stop, first_slot = segment_bounds(ends_ptr, sequence // segments, length, None, CHUNK)
+        first = start + part * segment
+        return first, tl.minimum(first + segment, stop), first_slot + part * (segment // CHUNK)
+    elif ends_ptr is None:
         return sequence * length, (sequence + 1) * length, sequence * tl.cdiv(length, CHUNK)
     else:
         start = tl.load(ends_ptr + sequence)

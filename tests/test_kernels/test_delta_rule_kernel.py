@@ -12,6 +12,7 @@ from _check import relative_error
 from _delta_rule import DECAYS, EDITS, NAMES, make_inputs, op
 from coterie.ops.delta_rule import delta_rule
 from coterie_kernels import delta_rule as kernels
+from coterie_kernels import delta_rule_segments
 
 # As in test_delta_rule: the chunks' arithmetic is not the recurrence's.
 check_op = partial(_check.check_op, impl="triton", factor=10, layouts=["dense"])
@@ -69,6 +70,34 @@ def test_packed_sequences_are_separate_ones(decay):
     got = (packed, last, *torch.autograd.grad((packed, last), leaves, directions))
     want = (wanted, wanted_last, *torch.autograd.grad((wanted, wanted_last), leaves, directions))
     assert max(map(relative_error, got, want)) < 3e-6
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_long_sequences_are_their_segments(edit, decay, monkeypatch):
+    """Of one chunk each here, the last not whole."""
+    monkeypatch.setattr(delta_rule_segments, "_LEAST_CHUNKS", 1)
+    taken = []
+    through = kernels.through_segments
+    monkeypatch.setattr(kernels, "through_segments", lambda *a, **s: taken.append(a[2].shape[0]) or through(*a, **s))
+    check_op(op, make_inputs(2, 75, 1, 1, 20, 17, edit=edit, decay=decay))
+    assert taken
+    assert set(taken) == {2 * 5}
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_segments_in_16_bits(decay, monkeypatch):
+    monkeypatch.setattr(delta_rule_segments, "_LEAST_CHUNKS", 1)
+    check_op(op, make_inputs(1, 260, 1, 1, 16, 16, decay=decay, dtype=torch.bfloat16))
+
+
+def test_few_heads_and_long_sequences_are_cut():
+    """So that 128 programs are at work, if segments have eight chunks, and there are four of them."""
+    assert delta_rule_segments.segment_length(65536, 64, programs=16) == 65536 // 8
+    assert delta_rule_segments.segment_length(65536, 64, programs=33) == 65536
+    assert delta_rule_segments.segment_length(2048, 64, programs=1) == 512
+    assert delta_rule_segments.segment_length(2047 - 64, 64, programs=1) == 2047 - 64
+    assert delta_rule_segments.segment_length(0, 64, programs=1) == 0
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -177,8 +206,14 @@ def test_dtypes_of_their_own():
     check_op(op, [q, k, v, g.detach().float().requires_grad_(), erase, beta.detach().float().requires_grad_(), state])
 
 
-@pytest.mark.parametrize(("decay", "packed"), [("none", False), ("heads", True), ("channels", False)])
-def test_opcheck(decay, packed):
+@pytest.mark.parametrize(
+    ("decay", "packed", "cut"),
+    [("none", False, False), ("heads", True, False), ("channels", False, False), ("heads", False, True)],
+)
+def test_opcheck(decay, packed, cut, monkeypatch):
+    if cut:
+        monkeypatch.setattr(delta_rule_segments, "_LEAST_CHUNKS", 1)
+        monkeypatch.setattr(delta_rule_segments, "_LEAST_SEGMENTS", 2)
     length = 5 if decay == "channels" else 20
     inputs = make_inputs(1, length, 1, 1, 4, 3, decay=decay, edit="erase" if packed else "beta")
     flat = [t if t is None else t.detach().flatten(0, 1).requires_grad_() for t in inputs[:-1]]
@@ -187,8 +222,8 @@ def test_opcheck(decay, packed):
     if decay != "channels":  # which are slow to interpret
         utilities.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.coterie.delta_rule_triton.default, args, test_utils=utilities)
-    *_, total, solved = torch.ops.coterie.delta_rule_triton.default(*args)
-    tensors = [t if t is None else t.detach() for t in (*args[:-1], total, solved)]
+    _, _, *kept = torch.ops.coterie.delta_rule_triton.default(*args)
+    tensors = [t if t is None else t.detach() for t in (*args[:-1], *kept)]
     grads = (torch.randn_like(tensors[2]), torch.randn_like(tensors[6]))
     backward = torch.ops.coterie.delta_rule_triton_backward.default
     torch.library.opcheck(backward, (*grads, *tensors, 0.5), test_utils=utilities)

@@ -289,6 +289,10 @@ def _small_delta_rule() -> Iterator[Example]:
     more = {"edit": "beta", "decay": "heads"}
     yield Example("no token", lambda: run_delta_rule(None, 2, 0, (2, 1), (9, 5), torch.bfloat16, **more))
     yield Example("float16", lambda: run_delta_rule(None, 1, 70, (1, 1), (20, 20), torch.float16, **more))
+    for edit, decay in (("erase", "heads"), ("none", "channels")):
+        more = {"edit": edit, "decay": decay}
+        sizes = (None, 1, 4 * 8 * 16 + 5, (1, 1), (9, 5), torch.float32)
+        yield Example(f"segments, {edit}, decay {decay}", lambda a=sizes, m=more: run_delta_rule(*a, **m))
 
 
 def _matrix_delta_rule(target: str, dtype: torch.dtype) -> Iterator[Example]:
@@ -306,6 +310,11 @@ def _matrix_delta_rule(target: str, dtype: torch.dtype) -> Iterator[Example]:
             more = {"edit": edit, "decay": decay}
             label = f"P = V = {width}, {edit}, decay {decay}" + ", packed" * packed
             may_spill = width >= 128 and (dtype == torch.float32 or decay == "channels")
+            yield Example(label, lambda a=sizes, m=more: run_delta_rule(*a, **m), may_spill)
+        for edit, decay in (("none", "heads"), ("beta", "heads")):
+            sizes = (None, 1, 2048, (1, 1), (width, width), dtype)
+            more, may_spill = {"edit": edit, "decay": decay}, width >= 128 and dtype == torch.float32
+            label = f"P = V = {width}, {edit}, decay {decay}, segments"
             yield Example(label, lambda a=sizes, m=more: run_delta_rule(*a, **m), may_spill)
 
 
@@ -327,6 +336,6 @@ CATALOG = (
         "delta_rule",
         _small_delta_rule,
         _matrix_delta_rule,
-        ("forward_kernel", "backward_kernel", "gradients_kernel", "channel_gradients_kernel"),
+        ("forward_kernel", "backward_kernel", "gradients_kernel", "channel_gradients_kernel", "segments_kernel"),
     ),
 )

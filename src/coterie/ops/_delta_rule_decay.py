@@ -5,7 +5,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-_BLOCK = 16  # rows within which a decay per channel is measured
+_PAIRS = 4  # rows of which a decay per channel may be formed for every pair
 _LEAST = -60.0  # log; exp of less is nothing beside 1, and −∞ − (−∞) would be NaN
 _MILD = 40.0  # log; a factor of exp of that, and its inverse, leave small gradients room above float32's least
 
@@ -118,52 +118,100 @@ class _DecayOfHeads(_SomeDecay):
 
 
 class _DecayOfChannels(_SomeDecay):
-    """exp(G_i − G_j) is taken apart at the first row of i's block, unless that would overflow for j in the same block:
-    then it is formed for every pair. A block is the whole chunk where nothing overflows there, else 16 rows."""
+    """exp(G_i − G_j) is taken apart where that overflows nowhere.
+
+    Of two neighbouring blocks, at the first row of the later: both parts are at most 1. So a chunk is halved, and its
+    halves, down to blocks in which nothing overflows if they are taken apart at their own first row, or of so few rows
+    that the decay of every pair is formed.
+    """
 
     def multiply(self, left: Tensor, k: Tensor) -> Tensor:
         products = left.new_zeros(*left.shape[:2], k.shape[1])
-        for here, since, until, pairs in self._blocks:
-            rows, near, seen = left[:, here], k[:, here], slice(0, until.shape[1])
-            products[:, here, seen] = torch.bmm(rows * since, (k[:, seen] * until).mT)
-            if pairs is not None:
-                products[:, here, here] = ((pairs * near.unsqueeze(1)) @ rows.unsqueeze(-1)).squeeze(-1)
+        for size, since, until in self._halvings:
+            across = torch.bmm(_halves(left, size)[1] * since, (_halves(k, size)[0] * until).mT)
+            _off_diagonal(products, size).copy_(across.view(len(k), -1, size, size))
+        size, since, until, pairs = self._blocks
+        rows, near = _blocks_of(left, size), _blocks_of(k, size)
+        if pairs is None:
+            inside = torch.bmm(rows * since, (near * until).mT)
+        else:
+            inside = (pairs * near.unsqueeze(1)) @ rows.unsqueeze(-1)
+        _diagonal(products, size).copy_(inside.view(len(k), -1, size, size))
         return products.tril_()
 
     def multiply_backward(
         self, grad: Tensor, products: Tensor, left: Tensor, k: Tensor, grad_left: Tensor, grad_k: Tensor
     ) -> Tensor:
-        to_left, to_k = torch.zeros_like(left), torch.zeros_like(k)
-        for here, since, until, pairs in self._blocks:
-            rows, near, seen = left[:, here], k[:, here], slice(0, until.shape[1])
-            to_seen, inside = grad[:, here, seen], grad[:, here, here].unsqueeze(-1)
-            to_left[:, here] += torch.bmm(to_seen, k[:, seen] * until).mul_(since)
-            to_k[:, seen] += torch.bmm(to_seen.mT, rows * since).mul_(until)
-            if pairs is not None:
-                to_left[:, here] += (inside * pairs * near.unsqueeze(1)).sum(2)
-                to_k[:, here] += (inside * pairs * rows.unsqueeze(2)).sum(1)
+        size, since, until, pairs = self._blocks
+        rows, near = _blocks_of(left, size), _blocks_of(k, size)
+        inside = _diagonal(grad, size).reshape(-1, size, size)
+        if pairs is None:
+            to_left = torch.bmm(inside, near * until).mul_(since)
+            to_k = torch.bmm(inside.mT, rows * since).mul_(until)
+        else:
+            weighed = pairs * inside.unsqueeze(-1)
+            to_left, to_k = (weighed * near.unsqueeze(1)).sum(2), (weighed * rows.unsqueeze(2)).sum(1)
+        to_left, to_k = to_left.view(left.shape), to_k.view(k.shape)
+        for size, since, until in self._halvings:
+            to_later = _off_diagonal(grad, size).reshape(-1, size, size)
+            later, earlier = _halves(to_left, size)[1], _halves(to_k, size)[0]  # views
+            later += torch.bmm(to_later, _halves(k, size)[0] * until).mul_(since)
+            earlier += torch.bmm(to_later.mT, _halves(left, size)[1] * since).mul_(until)
         grad_left += to_left
         grad_k += to_k
         return (left * to_left).addcmul_(k, to_k, value=-1)
 
     @cached_property
-    def _blocks(self) -> list[tuple[slice, Tensor, Tensor, Tensor | None]]:
-        """(rows i, exp(G − G of the first), exp(G of the first − G) of the rows that are seen that way, and of the
-        block's own rows, if they are not, exp(G_i − G_j) [Y, 16, 16, P] or 0)."""
-        total, chunk = self._total, self._total.shape[1]
-        size = chunk if self._is_mild(total) else _BLOCK
-        later = torch.full((size, size), -torch.inf, dtype=self._dtype, device=total.device).triu_(1).unsqueeze(-1)
-        blocks = []
-        for first in range(0, chunk, size):
-            here, start = slice(first, first + size), total[:, first : first + 1]
-            rows, pairs, seen = total[:, here], None, first + size
-            if not self._is_mild(rows):
-                seen = first
-                pairs = (rows.unsqueeze(2) - rows.unsqueeze(1)).to(self._dtype).add_(later).exp_()
-            blocks.append((here, self._exp(rows - start), self._exp(start - total[:, :seen]), pairs))
-        return blocks
+    def _block(self) -> int:
+        """Rows of the largest blocks in which nothing overflows; an accelerator is not waited for, to know."""
+        size, total = self._total.shape[1], self._total
+        while total.device.type == "cpu" and size > _PAIRS:
+            blocks = _blocks_of(total, size)
+            if (blocks[:, 0] - blocks[:, -1] < _MILD).all():
+                return size
+            size //= 2
+        return _PAIRS
 
-    @staticmethod
-    def _is_mild(total: Tensor) -> bool:
-        """Whether rows can be taken apart at the first. An accelerator is not waited for, to know."""
-        return total.device.type == "cpu" and bool((total[:, 0] - total[:, -1] < _MILD).all())
+    @cached_property
+    def _halvings(self) -> list[tuple[int, Tensor, Tensor]]:
+        """(rows of a block, exp(G − F) of the later of two, exp(F − G) of the earlier); F is G of the later's first."""
+        halvings, size = [], self._total.shape[1] // 2
+        while size >= self._block:
+            earlier, later = _halves(self._total, size)
+            first = later[:, :1]
+            halvings.append((size, self._exp(later - first), self._exp(first - earlier)))
+            size //= 2
+        return halvings
+
+    @cached_property
+    def _blocks(self) -> tuple[int, Tensor | None, Tensor | None, Tensor | None]:
+        """(rows, exp(G − G of the first), exp(G of the first − G), None), or the rows and exp(G_i − G_j) or 0 of pairs,
+        [Y · blocks, rows, rows, P]."""
+        size, total = self._block, _blocks_of(self._total, self._block)
+        if size > _PAIRS:
+            return size, self._exp(total - total[:, :1]), self._exp(total[:, :1] - total), None
+        later = torch.full((size, size), -torch.inf, dtype=self._dtype, device=total.device).triu_(1).unsqueeze(-1)
+        pairs = (total.unsqueeze(2) - total.unsqueeze(1)).to(self._dtype).add_(later).exp_()
+        return size, None, None, pairs
+
+
+def _blocks_of(t: Tensor, size: int) -> Tensor:
+    """[Y, C, P] → [Y · blocks, size, P]."""
+    return t.reshape(-1, size, t.shape[2])
+
+
+def _halves(t: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """[Y, C, P] → the earlier and the later of every two blocks, [Y · pairs of blocks, size, P]."""
+    earlier, later = t.reshape(-1, 2, size, t.shape[2]).unbind(1)
+    return earlier, later
+
+
+def _diagonal(t: Tensor, size: int) -> Tensor:
+    """The blocks on the diagonals of [Y, C, C], as a view [Y, blocks, size, size]."""
+    blocks = t.shape[1] // size
+    return t.view(-1, blocks, size, blocks, size).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
+def _off_diagonal(t: Tensor, size: int) -> Tensor:
+    """Of every two blocks, rows of the later and columns of the earlier: [Y, pairs of blocks, size, size], a view."""
+    return _diagonal(t, 2 * size)[:, :, size:, :size]

@@ -19,8 +19,9 @@ def delta_rule(
     states: Tensor,
     ends: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, the states at the ends of the sequences, and what backward keeps: cumulative decays and solved triangles."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the states at the ends of the sequences, and what backward keeps: cumulative decays, solved triangles, and of
+    segments, if any, the states before them and what they make of those."""
     from coterie_kernels import delta_rule as kernels
 
     return kernels.forward(*_contiguous(q, k, v, g, erase, beta, states), ends, scale)
@@ -40,13 +41,15 @@ def _delta_rule_backward(
     ends: Tensor | None,
     total: Tensor,
     solved: Tensor,
+    starts: Tensor,
+    factors: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to q, k, v, g, erase, beta (empty for None) and to the states."""
     from coterie_kernels import delta_rule as kernels
 
     tensors = _contiguous(grad, grad_states, q, k, v, g, erase, beta, states)
-    grads = kernels.backward(*tensors, ends, total, solved, scale)
+    grads = kernels.backward(*tensors, ends, total, solved, starts, factors, scale)
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in grads)
 
 
@@ -59,17 +62,19 @@ def _(q, k, v, g, erase, beta, states, ends, scale):
     from coterie_kernels import delta_rule as kernels
 
     erases = erase is not None or beta is not None
-    total, solved = kernels.kept_shapes(q, v, g, erases, states.shape[0], ends is not None)
+    total, solved, starts, factors = kernels.kept_shapes(q, v, g, erases, states.shape[0], ends is not None)
     return (
         v.new_empty(v.shape),
         states.new_empty(states.shape),
         q.new_empty(total, dtype=torch.float32),
         q.new_empty(solved, dtype=kernels.solved_dtype(q)),
+        q.new_empty(starts, dtype=torch.float32),
+        q.new_empty(factors, dtype=torch.float32),
     )
 
 
 @_delta_rule_backward.register_fake
-def _(grad, grad_states, q, k, v, g, erase, beta, states, ends, total, solved, scale):
+def _(grad, grad_states, q, k, v, g, erase, beta, states, ends, total, solved, starts, factors, scale):
     return tuple(q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (q, k, v, g, erase, beta, states))
 
 
