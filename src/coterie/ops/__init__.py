@@ -15,6 +15,7 @@ from coterie.ops.linear_attention import (
 )
 from coterie.ops.routing import Routing, route_topk
 from coterie.ops.short_conv import short_conv
+from coterie.ops.sparse_attention import merge_by_lse, sparse_attention
 
 __all__ = [
     "Routing",
@@ -28,10 +29,12 @@ __all__ = [
     "gated_linear_attention",
     "grouped_matmul",
     "linear_attention",
+    "merge_by_lse",
     "retention",
     "route_topk",
     "selection_bias_update",
     "short_conv",
+    "sparse_attention",
     "ssd",
     "z_loss",
 ]

@@ -1,0 +1,373 @@
+"""`sparse_attention`: what each query sees, said key by key; and every implementation the same."""
+
+from functools import partial
+from itertools import pairwise
+
+import hypothesis
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+
+from _check import check_op, fuzz, relative_error
+from coterie.ops import _sparse_attention_tiles as tiles
+from coterie.ops import merge_by_lse, sparse_attention
+
+
+def make_inputs(
+    batch=2, length=37, num_keys=None, heads=4, groups=2, width=8, values=6, *, dtype=torch.float32, by=1.0
+):
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return (torch.randn(*shape, generator=generator) * by).to(dtype).requires_grad_()
+
+    num_keys = length if num_keys is None else num_keys
+    return (
+        randn(batch, length, heads, width),
+        randn(batch, num_keys, groups, width),
+        randn(batch, num_keys, groups, values),
+        randn(heads),
+    )
+
+
+def make_ids(batch, length, groups, selected, blocks, seed=1):
+    """Some of them repeated, none, or beyond the keys."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, blocks + 1, (batch, length, groups, selected), generator=generator)
+
+
+def op(q, k, v, sink_logits, settings, impl):
+    o, lse = sparse_attention(q, k, v, sink_logits=sink_logits, return_lse=True, impl=impl, **settings)
+    return o, lse.masked_fill(lse == -torch.inf, 0)
+
+
+def literal(q, k, v, sink_logits, *, window=None, sinks=0, block_ids=None, block_size=64, causal=True, softcap=None):
+    """Query by query and key by key, in float64."""
+    (batch, length, heads, width), (_, num_keys, groups, _) = q.shape, k.shape
+    o = torch.zeros(batch, length, heads, v.shape[3], dtype=torch.float64)
+    lse = torch.full((batch, length, heads), -torch.inf, dtype=torch.float64)
+    for b in range(batch):
+        for i in range(length):
+            for h in range(heads):
+                group, at, terms, rows = h // (heads // groups), num_keys - length + i, [], []
+                for j in range(num_keys):
+                    near = (window is None and block_ids is None) or (window is not None and at - j < window)
+                    chosen = block_ids is not None and j // block_size in block_ids[b, i, group].tolist()
+                    if (near or j < sinks or chosen) and (j <= at or not causal):
+                        score = float(q[b, i, h].double() @ k[b, j, group].double()) * width**-0.5
+                        terms.append(
+                            score if softcap is None else softcap * torch.tensor(score / softcap).tanh().item()
+                        )
+                        rows.append(v[b, j, group].double())
+                sink = [] if sink_logits is None else [float(sink_logits[h])]
+                if terms + sink:
+                    weights = torch.tensor(terms + sink, dtype=torch.float64)
+                    lse[b, i, h] = weights.logsumexp(0)
+                    weights = weights.softmax(0)
+                for weight, row in zip(weights if terms else (), rows, strict=False):
+                    o[b, i, h] += weight * row
+    return o, lse
+
+
+SETTINGS = {
+    "full": {},
+    "window": {"window": 5},
+    "sinks": {"window": 5, "sinks": 3},
+    "blocks": {"block_size": 4, "block_ids": make_ids(2, 37, 2, 3, 9)},
+    "window and blocks": {"window": 6, "block_size": 4, "block_ids": make_ids(2, 37, 2, 3, 9)},
+    "all of them": {"window": 6, "sinks": 5, "block_size": 4, "block_ids": make_ids(2, 37, 2, 3, 9), "softcap": 2.0},
+    "nothing": {"window": 0},
+    "one block for several": {"block_size": 4, "block_ids": make_ids(2, 10, 2, 3, 9)},
+}
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("sink", [False, True])
+def test_every_query_sees_what_it_is_said_to(name, sink, impl):
+    q, k, v, sink_logits = (t.detach() for t in make_inputs())
+    settings, sink_logits = SETTINGS[name], sink_logits if sink else None
+    o, lse = sparse_attention(q, k, v, sink_logits=sink_logits, return_lse=True, impl=impl, **settings)
+    if name == "one block for several":
+        settings = settings | {"block_ids": settings["block_ids"].repeat_interleave(4, 1)[:, :37]}
+    wanted, wanted_lse = literal(q, k, v, sink_logits, **settings)
+    torch.testing.assert_close(o.double(), wanted, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), wanted_lse, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by", [1.0, 8.0])
+def test_tiles_are_the_dense_softmax(name, dtype, by, monkeypatch):
+    """by: 8 for scores that exp would not bear as they are."""
+    monkeypatch.setattr(tiles, "_KEYS", 8)
+    monkeypatch.setattr(tiles, "_SCORES", 2**11)
+    check_op(op, (*make_inputs(dtype=dtype, by=by), SETTINGS[name]), "torch", factor=4)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("length", [1, 3, 20])
+def test_the_last_queries_of_more_keys(name, length):
+    settings = dict(SETTINGS[name])
+    if "block_ids" in settings:
+        settings["block_ids"] = make_ids(2, length, 2, 3, 9)
+    check_op(op, (*make_inputs(length=length, num_keys=37), settings), "torch", factor=4)
+    inputs = [t.detach() for t in make_inputs(length=length, num_keys=37)]
+    wanted, _ = literal(*inputs, **settings)
+    torch.testing.assert_close(op(*inputs, settings, "torch")[0].double(), wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"block_size": 4, "block_ids": make_ids(2, 20, 2, 3, 9)}])
+@pytest.mark.parametrize("length", [2, 20])
+def test_cross_attention(settings, length):
+    settings = {name: value[:, :length] if name == "block_ids" else value for name, value in settings.items()}
+    inputs = make_inputs(length=length, num_keys=13)
+    check_op(op, (*inputs, settings | {"causal": False}), "torch", factor=4)
+    wanted, _ = literal(*(t.detach() for t in inputs), **settings, causal=False)
+    torch.testing.assert_close(
+        op(*inputs, settings | {"causal": False}, "torch")[0].double(), wanted, atol=1e-6, rtol=1e-5
+    )
+
+
+@fuzz
+@hypothesis.given(
+    sizes=st.tuples(st.integers(1, 2), st.integers(0, 40), st.integers(0, 9), st.integers(1, 3), st.integers(1, 3)),
+    window=st.none() | st.integers(0, 45),
+    sinks=st.integers(0, 10),
+    block_size=st.integers(1, 9),
+    selected=st.none() | st.integers(0, 4),
+    keys=st.integers(1, 16),
+    seed=st.integers(0, 99),
+)
+def test_any_sizes(sizes, window, sinks, block_size, selected, keys, seed):
+    batch, length, more, groups, shared = sizes
+    inputs = make_inputs(batch, length, length + more, groups * shared, groups, 5, 3)
+    settings = {"window": window, "sinks": sinks, "block_size": block_size}
+    if selected is not None:
+        blocks = -(-(length + more) // block_size)
+        settings["block_ids"] = make_ids(batch, length, groups, selected, blocks, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "_KEYS", keys)
+        patch.setattr(tiles, "_SCORES", 64)
+        check_op(op, (*inputs, settings), "torch", factor=6, layouts=["dense"])
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("name", ["full", "sinks", "all of them"])
+def test_gradients(name, impl):
+    inputs = [t.double().detach().requires_grad_() for t in make_inputs(1, 9, None, 2, 1, 3, 2)]
+    settings = dict(SETTINGS[name])
+    if "block_ids" in settings:
+        settings["block_ids"] = make_ids(1, 9, 1, 2, 3)
+    assert torch.autograd.gradcheck(lambda *a: op(*a, settings, impl), inputs)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_sdpa_with_the_mask_that_it_means(groups):
+    q, k, v, _ = make_inputs(groups=groups, values=8)
+    at = torch.arange(37)
+    mask = (at <= at.unsqueeze(1)) & ((at > at.unsqueeze(1) - 7) | (at < 2))
+    rows = [t.transpose(1, 2) for t in (q, k, v)]
+    wanted = F.scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    got = sparse_attention(q, k, v, window=7, sinks=2)
+    grad = torch.randn_like(got)
+    for a, b in zip(
+        (got, *torch.autograd.grad(got, (q, k, v), grad)),
+        (wanted, *torch.autograd.grad(wanted, (q, k, v), grad)),
+        strict=True,
+    ):
+        assert relative_error(a, b) < 1e-6
+
+
+def test_transformers_attention_of_gpt_oss():
+    theirs = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    q, k, v, sink_logits = make_inputs(values=8)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.sinks = 2, sink_logits
+    at = torch.arange(37)
+    mask = torch.zeros(37, 37).masked_fill((at > at.unsqueeze(1)) | (at <= at.unsqueeze(1) - 7), -torch.inf)
+    rows = [t.transpose(1, 2) for t in (q, k, v)]
+    wanted, _ = theirs.eager_attention_forward(module, *rows, mask[None, None], scaling=8**-0.5)
+    got = sparse_attention(q, k, v, window=7, sink_logits=sink_logits)
+    leaves, grad = (q, k, v, sink_logits), torch.randn_like(got)
+    for a, b in zip(
+        (got, *torch.autograd.grad(got, leaves, grad)),
+        (wanted, *torch.autograd.grad(wanted, leaves, grad)),
+        strict=True,
+    ):
+        assert relative_error(a, b) < 1e-6
+
+
+def settings_of(name, at):
+    return {key: value[:, at] if key == "block_ids" else value for key, value in SETTINGS[name].items()}
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("name", ["full", "all of them"])
+def test_packed_sequences_are_separate_ones(name, impl):
+    q, k, v, sink_logits = make_inputs(1)
+    ends, ids = [0, 7, 7, 30, 37], make_ids(1, 37, 2, 3, 9)
+    settings = SETTINGS[name] | ({"block_ids": ids} if name != "full" else {})
+    attend = partial(sparse_attention, sink_logits=sink_logits, impl=impl)
+    packed = attend(q, k, v, cu_seqlens=torch.tensor(ends), **settings)
+    parts = []
+    for start, stop in pairwise(ends):
+        own = {key: value[:, start:stop] if key == "block_ids" else value for key, value in settings.items()}
+        parts.append(attend(*(t[:, start:stop] for t in (q, k, v)), **own))
+    separate, leaves = torch.cat(parts, 1), (q, k, v, sink_logits)
+    grad = torch.randn_like(packed)
+    for a, b in zip(
+        (packed, *torch.autograd.grad(packed, leaves, grad)),
+        (separate, *torch.autograd.grad(separate, leaves, grad)),
+        strict=True,
+    ):
+        assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("name", ["full", "all of them"])
+def test_padding_is_as_if_it_were_not_there(name, impl):
+    mask = torch.rand(2, 37, generator=torch.Generator().manual_seed(3)) < 0.7
+    q, k, v, sink_logits = make_inputs()
+    with torch.no_grad():
+        for t in (q, k, v):
+            t[~mask] = torch.nan
+    settings = SETTINGS[name]
+    o, lse = sparse_attention(q, k, v, sink_logits=sink_logits, token_mask=mask, return_lse=True, impl=impl, **settings)
+    grads = torch.autograd.grad(o.sum() + lse[mask].sum(), (q, k, v, sink_logits))
+    assert all(g.isfinite().all() for g in grads)
+    assert (o[~mask] == 0).all()
+    assert (lse[~mask] == -torch.inf).all()
+    for row in range(2):
+        own = {key: value[row : row + 1, mask[row]] if key == "block_ids" else value for key, value in settings.items()}
+        alone = sparse_attention(*(t[row : row + 1, mask[row]] for t in (q, k, v)), sink_logits=sink_logits, **own)
+        assert relative_error(o[row, mask[row]], alone[0]) < 1e-6
+
+
+def test_padding_in_what_came_before():
+    q, k, v, _ = make_inputs(length=5, num_keys=12)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, :4], mask[1, 9] = False, False
+    o = sparse_attention(q, k, v, window=3, sinks=1, token_mask=mask)
+    for row, keys in enumerate(mask):
+        alone = sparse_attention(
+            q[row : row + 1, keys[7:]], *(t[row : row + 1, keys] for t in (k, v)), window=3, sinks=1, impl="reference"
+        )
+        assert relative_error(o[row, keys[7:]], alone[0]) < 1e-6
+    across = sparse_attention(q, k, v, causal=False, token_mask=mask)
+    alone = sparse_attention(q[:1], k[:1, 4:], v[:1, 4:], causal=False)
+    assert relative_error(across[:1], alone) < 1e-6
+
+
+def test_merged_parts_are_the_whole():
+    """Near and far, each on its own, the way NSA's branches or a cache in pieces are joined."""
+    q, k, v, sink_logits = make_inputs()
+    ids = torch.arange(10).expand(2, 37, 2, -1)
+    far = sparse_attention(q, k, v, block_size=4, block_ids=ids[..., :5], return_lse=True)
+    near = sparse_attention(q, k, v, block_size=4, block_ids=ids[..., 5:], sink_logits=sink_logits, return_lse=True)
+    merged, lse = merge_by_lse([far, near])
+    whole, whole_lse = sparse_attention(q, k, v, sink_logits=sink_logits, return_lse=True, impl="reference")
+    leaves, grad = (q, k, v, sink_logits), torch.randn_like(whole)
+    torch.testing.assert_close(lse, whole_lse)
+    for a, b in zip(
+        (merged, *torch.autograd.grad(merged, leaves, grad)),
+        (whole, *torch.autograd.grad(whole, leaves, grad)),
+        strict=True,
+    ):
+        assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_query_sees_a_later_key(name):
+    q, k, v, sink_logits = (t.detach() for t in make_inputs())
+    o = op(q, k, v, sink_logits, SETTINGS[name], "torch")[0]
+    for t in (3, 20):
+        later_k, later_v = k.clone(), v.clone()
+        later_k[:, t + 1 :], later_v[:, t + 1 :] = 7.0, 7.0
+        assert torch.equal(op(q, later_k, later_v, sink_logits, SETTINGS[name], "torch")[0][:, : t + 1], o[:, : t + 1])
+
+
+def test_all_blocks_are_full_attention():
+    q, k, v, _ = make_inputs()
+    ids = torch.arange(10).expand(2, 37, 2, -1)
+    full = sparse_attention(q, k, v, impl="reference")
+    assert relative_error(sparse_attention(q, k, v, block_size=4, block_ids=ids), full) < 1e-6
+    assert relative_error(sparse_attention(q, k, v, block_size=4, block_ids=ids, window=11), full) < 1e-6
+    assert relative_error(sparse_attention(q, k, v, window=37), full) < 1e-6
+
+
+def test_the_same_bits_every_time():
+    inputs = make_inputs()
+    first, second = (
+        torch.autograd.grad(op(*inputs, SETTINGS["all of them"], "torch")[0].sum(), inputs) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_what_is_kept_grows_with_the_length_alone():
+    def kept(length):
+        q, k, v, _ = make_inputs(1, length)
+        ids = make_ids(1, length, 2, 3, length // 8)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            sparse_attention(q, k, v, window=16, block_size=8, block_ids=ids)
+        return sum(sizes)
+
+    assert kept(512) == 4 * kept(128)
+
+
+def test_opcheck():
+    q, k, v, sink_logits = make_inputs(1, 9)
+    args = (q, k, v, make_ids(1, 9, 2, 2, 3), sink_logits, 3, 1, 4, True, 0.5, None)
+    torch.library.opcheck(torch.ops.coterie.sparse_attention.default, args)
+    o, lse = (t.detach() for t in torch.ops.coterie.sparse_attention.default(*args))
+    tensors = [t.detach() for t in args[:5]]
+    backward = torch.ops.coterie.sparse_attention_backward.default
+    torch.library.opcheck(backward, (torch.randn_like(o), torch.randn_like(lse), *tensors, o, lse, *args[5:]))
+
+
+def test_compiles_into_one_graph():
+    def loss(q, k, v, sink_logits):
+        return op(q, k, v, sink_logits, {"window": 5, "sinks": 2}, "torch")[0].square().sum()
+
+    torch.compiler.reset()
+    inputs = make_inputs()
+    wanted = torch.autograd.grad(loss(*inputs), inputs)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": -1}, "window must be None or at least 0"),
+        ({"window": 3, "causal": False}, "None where causal=False, got 3"),
+        ({"sinks": -1}, "sinks must be at least 0, got -1"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"softcap": 0.0}, "softcap must be above 0, got 0.0"),
+        (
+            {"block_ids": torch.zeros(2, 5, 2, 1, dtype=torch.int64)},
+            "must be for all 37 queries or for their 1 blocks of 64",
+        ),
+        ({"sink_logits": torch.zeros(3)}, r"sink_logits must have shape \[H\] = \[4\], got \(3,\)"),
+        ({"token_mask": torch.ones(2, 36, dtype=torch.bool)}, r"token_mask must have shape"),
+        ({"cu_seqlens": torch.tensor([0, 37])}, "cu_seqlens needs B = 1"),
+        ({"impl": "triton"}, "impl must be one of 'reference', 'torch', got 'triton'"),
+    ],
+)
+def test_wrong_arguments(change, message):
+    q, k, v, _ = make_inputs()
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(q, k, v, **change)
+
+
+def test_wrong_shapes():
+    q, k, v, _ = make_inputs()
+    with pytest.raises(ValueError, match="k must have heads that divide q's 3"):
+        sparse_attention(q[:, :, :3], k, v)
+    with pytest.raises(ValueError, match="k must have at least the 37 positions of q where it is causal, got 36"):
+        sparse_attention(q, k[:, 1:], v[:, 1:])
+    with pytest.raises(TypeError, match=r"block_ids must be torch\.int64"):
+        sparse_attention(q, k, v, block_ids=torch.zeros(2, 37, 2, 1))
