@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import _bench
 from _bench import Result
 from coterie import __version__
 from coterie.report import format_table, human_bytes, save_figure
@@ -128,6 +129,77 @@ def _draw_bars(axes, results: Mapping[str, Result], colours: Mapping[str, str]) 
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="both", length=0, labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def format_bars(found: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
+    """A row for every figure that has a bar: where, what, the value, the bar, and whether it is met."""
+    if not found:
+        return "No bars for these cases."
+    rows = [
+        [
+            _bench.title({name: entry[name] for name in labels}),
+            entry["what"],
+            f"{entry['value']:.2f}",
+            f"{entry['bar']:.2f}",
+            "met" if entry["met"] else "MISSED",
+        ]
+        for entry in found
+    ]
+    table = format_table(["", "figure", "value", "bar", ""], rows)
+    return f"{table}\n{sum(entry['met'] for entry in found)} of {len(found)} met"
+
+
+def curves(
+    results: Sequence[Result],
+    *,
+    title: str,
+    machine: Mapping[str, Any],
+    kinds: Mapping[str, str],
+    names: Sequence[str],
+    steps: Sequence[str] = (),
+) -> "Figure":
+    """Microseconds a token over the length L: a row of panels a dtype, a panel a kind, a line a contender.
+
+    Args:
+        kinds: by label, how a panel is called.
+        names: of contenders, in the order of colours.
+        steps: kinds that are of one token, whatever the length before it.
+    """
+    import matplotlib.figure
+
+    kinds = {kind: name for kind, name in kinds.items() if any(r.labels["kind"] == kind for r in results)}
+    dtypes = list(dict.fromkeys(result.labels["dtype"] for result in results))
+    size = (1.0 + 3.8 * len(kinds), 1.2 + 2.9 * len(dtypes))
+    figure = matplotlib.figure.Figure(figsize=size, dpi=110)
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.75 / size[1]))
+    figure.text(0.01, 1 - 0.1 / size[1], title, size=15, weight="bold", va="top")
+    said = f"median times, less is faster; {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    figure.text(0.01, 1 - 0.43 / size[1], said, size=9, color="#777777", va="top")
+    panels = figure.subplots(len(dtypes), len(kinds), squeeze=False)
+    for axes, (dtype, kind) in zip(panels.flat, [(d, k) for d in dtypes for k in kinds], strict=True):
+        here = [r for r in results if (r.labels["dtype"], r.labels["kind"]) == (dtype, kind)]
+        for name, colour in zip(names, COLOURS[::2] + COLOURS[3:4], strict=False):
+            medians = {r.labels["L"]: statistics.median(r.rows[name].seconds) for r in here if _was_timed(r, name)}
+            if medians:
+                times = [1e6 * seconds / (1 if kind in steps else length) for length, seconds in medians.items()]
+                axes.plot([*medians], times, "o-", color=colour, label=name, markersize=3)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatted("{x:g}")
+        axes.tick_params(which="minor", labelsize=7)
+        axes.set_title(f"{kinds[kind]}, {dtype}", loc="left", size=10, weight="bold")
+        axes.set_xlabel("tokens before" if kind in steps else "L, tokens", size=8)
+        axes.set_ylabel("µs a token", size=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _was_timed(result: Result, name: str) -> bool:
+    return name in result.rows and bool(result.rows[name].seconds)
 
 
 def write_chart(path: Path, draw: Callable[[], "Figure"]) -> str:

@@ -24,7 +24,6 @@ import _bench
 import _tell
 from _bench import Case, Contender, Result
 from coterie.ops import delta_rule
-from coterie.report import format_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _bench.WrongResult as error:
         print(f"bench_delta_rule: wrong result: {error}", file=sys.stderr)
         return 1
-    print(format_bars(results))
+    print(_tell.format_bars(bars(results), ("L", "dtype", "kind")))
     print(f"\n{options.out / 'delta_rule.json'}")
     print(_tell.write_chart(options.out / "delta_rule.png", lambda: draw(results, facts)))
     return 0
@@ -288,67 +287,16 @@ def input_bytes(labels: Mapping) -> int:
     return labels["L"] * labels["H"] * (3 * labels["P"] * size + size + 4)
 
 
-def format_bars(results: Sequence[Result]) -> str:
-    found = bars(results)
-    if not found:
-        return "No bars for these cases."
-    rows = [
-        [
-            _bench.title({name: entry[name] for name in ("L", "dtype", "kind")}),
-            entry["what"],
-            f"{entry['value']:.2f}",
-            f"{entry['bar']:.2f}",
-            "met" if entry["met"] else "MISSED",
-        ]
-        for entry in found
-    ]
-    return f"{format_table(['', 'bar', 'value', 'bar', ''], rows)}\n{sum(e['met'] for e in found)} of {len(found)} met"
-
-
-# --- picture ---
-
-
 def draw(results: Sequence[Result], facts: Mapping) -> "Figure":
     """Microseconds a token over the length: a panel for each kind and dtype."""
-    import matplotlib.figure
-
-    kinds = [kind for kind in (FORWARD, BOTH, DECODE) if any(r.labels["kind"] == kind for r in results)]
-    dtypes = list(dict.fromkeys(result.labels["dtype"] for result in results))
-    size = (1.0 + 3.8 * len(kinds), 1.2 + 2.9 * len(dtypes))
-    figure = matplotlib.figure.Figure(figsize=size, dpi=110)
-    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.75 / size[1]))
-    figure.text(0.01, 1 - 0.1 / size[1], "The delta rule beside full attention", size=15, weight="bold", va="top")
-    said = f"median times, less is faster; {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}"
-    figure.text(0.01, 1 - 0.43 / size[1], said, size=9, color="#777777", va="top")
-    panels = figure.subplots(len(dtypes), len(kinds), squeeze=False)
-    for axes, (dtype, kind) in zip(panels.flat, [(d, k) for d in dtypes for k in kinds], strict=True):
-        here = [r for r in results if (r.labels["dtype"], r.labels["kind"]) == (dtype, kind)]
-        for name, colour in zip((OURS, SDPA, HF, FLA), _tell.COLOURS[::2] + _tell.COLOURS[3:4], strict=True):
-            points = [
-                (
-                    r.labels["L"],
-                    1e6 * statistics.median(r.rows[name].seconds) / (1 if kind == DECODE else r.labels["L"]),
-                )
-                for r in here
-                if name in r.rows and r.rows[name].seconds
-            ]
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=3)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            formatted("{x:g}")
-        axes.tick_params(which="minor", labelsize=7)
-        axes.set_title(
-            f"{'a step of decoding' if kind == DECODE else kind}, {dtype}", loc="left", size=10, weight="bold"
-        )
-        axes.set_xlabel("tokens before" if kind == DECODE else "L, tokens", size=8)
-        axes.set_ylabel("µs a token", size=8)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].legend(frameon=False, fontsize=8)
-    return figure
+    return _tell.curves(
+        results,
+        title="The delta rule beside full attention",
+        machine=facts,
+        kinds={FORWARD: FORWARD, BOTH: BOTH, DECODE: "a step of decoding"},
+        names=(OURS, SDPA, HF, FLA),
+        steps=(DECODE,),
+    )
 
 
 if __name__ == "__main__":
