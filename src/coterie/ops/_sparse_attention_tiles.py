@@ -1,9 +1,9 @@
 """`sparse_attention` tile by tile in plain torch: a few keys, and all the queries that see them.
 
-A tile is a run of keys beside either a run of queries, for all heads at once (the window, and the sinks), or those
-queries of one head of keys that selected the block. So keys are read once and never gathered. A first sweep finds the
-largest score of each query, which a bound on the scores mostly makes needless; the second sums exp(score) and
-exp(score) · v. Backward goes through the tiles once more. Kept are the arguments, the output and log Z.
+A tile is a run of keys of one head beside a run of queries (the window, and the sinks), or beside those queries that
+selected the block. So keys are read once and never gathered. A first sweep finds the largest score of each query, which
+a bound on the scores mostly makes needless; the second sums exp(score) and exp(score) · v. Backward goes through the
+tiles once more. Kept are the arguments, the output and log Z.
 """
 
 from collections.abc import Iterator
@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from coterie.ops._products import by_onednn, multiply
+
 _SCORES = 2**20  # of a tile, at most
+_ROWS_MULTIPLE = 128
 _KEYS = 128  # of a tile of the window
 _SAFE = 40.0  # exp of scores within ± this is exact enough, and sums do not overflow
 
@@ -32,29 +36,33 @@ class Seen:
 
 @dataclass(frozen=True)
 class Tile:
-    """Keys first..stop-1, and queries: of all units, or rows [n] of one unit.
+    """Keys first..stop-1 of a unit, and queries of it.
 
     Attributes:
-        unit: None: all.
-        rows: a run, or indices that grow.
-        hidden: [(some of the rows, bool [units or 1, n of those, keys])], which scores do not count.
+        unit: a head of keys of a sequence.
+        rows: a run of queries, or indices that grow; behind those, if there are more than `count`, any: padding.
+        count: of queries.
+        keys: a run.
+        hidden: (some of the queries, bool [those, keys]): scores that do not count.
     """
 
-    unit: int | None
+    unit: int
     rows: slice | Tensor
+    count: int
     keys: slice
     hidden: list[tuple[slice, Tensor]]
 
 
 class Plan:
-    """The tiles of queries [U, L, R, P] and U · keys [U, Lk, P]; block_ids: [U, L, S], or None."""
+    """The tiles of queries [U, L, R, P] and keys [U, Lk, P] of U = B · G units; block_ids: [U, L, S], or None."""
 
     def __init__(self, q: Tensor, k: Tensor, block_ids: Tensor | None, seen: Seen) -> None:
-        (units, self.length, heads, _), self.num_keys = q.shape, k.shape[1]
+        (self.units, self.length, self.heads, _), self.num_keys = q.shape, k.shape[1]
         self.seen, self.block_ids, self.device = seen, block_ids, q.device
         self.before = self.num_keys - self.length  # the first query's position
-        self.rows_of_all = max(_SCORES // (units * heads * _KEYS), 16)
-        self.rows_of_one = max(_SCORES // (heads * seen.block_size), 16)
+        # Of oneDNN's programs there are to be few, one for each number of rows.
+        self.multiple = max(_ROWS_MULTIPLE // self.heads, 1) if by_onednn(q.dtype) and q.device.type == "cpu" else 1
+        self.edges: dict[tuple[int, int, int], Tensor] = {}
 
     def __iter__(self) -> Iterator[Tile]:
         yield from self._window()
@@ -63,52 +71,56 @@ class Plan:
             yield from self._blocks()
 
     def _window(self) -> Iterator[Tile]:
-        window = self.seen.window
-        if not window:
-            return
-        for first in range(0, self.num_keys, _KEYS):
-            keys = slice(first, min(first + _KEYS, self.num_keys))
-            if not self.seen.causal:
-                yield from (Tile(None, rows, keys, []) for rows in self._runs(0, self.length))
-                continue
-            start, stop = max(first - self.before, 0), min(keys.stop - 1 + window - self.before, self.length)
-            for rows in self._runs(start, stop):
-                yield Tile(None, rows, keys, self._edges(rows, keys))
+        for first in range(0, self.num_keys if self.seen.window else 0, _KEYS):
+            keys, start, stop = slice(first, min(first + _KEYS, self.num_keys)), 0, self.length
+            if self.seen.causal:
+                start = max(first - self.before, 0)
+                stop = min(keys.stop - 1 + self.seen.window - self.before, self.length)
+            for rows in self._runs(start, stop, _KEYS):
+                hidden = self._outside(rows, keys) if self.seen.causal else []
+                for unit in range(self.units):
+                    yield Tile(unit, rows, rows.stop - rows.start, keys, hidden)
 
-    def _edges(self, rows: slice, keys: slice) -> list[tuple[slice, Tensor]]:
-        """Of a run of queries: those for which some keys come later, or are out of the window."""
-        hidden = []
-        key = torch.arange(keys.start, keys.stop, device=self.device)
-        for start, stop in (
-            (rows.start, keys.stop - 1 - self.before),
-            (keys.start + self.seen.window - self.before, rows.stop),
-        ):
-            start, stop = max(start, rows.start), min(stop, rows.stop)
-            if start < stop:
-                query = torch.arange(start, stop, device=self.device).unsqueeze(-1) + self.before
-                mask = (key > query) | (key <= query - self.seen.window)
-                hidden.append((slice(start - rows.start, stop - rows.start), mask.unsqueeze(0)))
-        return hidden
+    def _outside(self, rows: slice, keys: slice) -> list[tuple[slice, Tensor]]:
+        """The first of a run of queries, for which keys come later, and the last, for which keys are out of reach."""
+        later = slice(rows.start, min(keys.stop - 1 - self.before, rows.stop))
+        gone = slice(max(keys.start + self.seen.window - self.before, rows.start), rows.stop)
+        return [
+            (slice(some.start - rows.start, some.stop - rows.start), self._edge(some, keys))
+            for some in (later, gone)
+            if some.start < some.stop
+        ]
+
+    def _edge(self, rows: slice, keys: slice) -> Tensor:
+        """Whether a key is later than a query or out of its window, [queries, keys]: the same for most tiles."""
+        shift = rows.start + self.before - keys.start
+        sizes = rows.stop - rows.start, keys.stop - keys.start
+        if (shift, *sizes) not in self.edges:
+            query, key = (torch.arange(size, device=self.device) for size in sizes)
+            query = query.unsqueeze(-1) + shift
+            self.edges[shift, *sizes] = (key > query) | (key <= query - self.seen.window)
+        return self.edges[shift, *sizes]
 
     def _sinks(self) -> Iterator[Tile]:
         """Keys that are sinks and in no window or selected block; queries from the first that has left one behind."""
-        sinks = min(self.seen.sinks, self.num_keys)
-        start = max(self.seen.window - self.before, 0) if self.seen.causal else 0
-        for first in range(0, sinks, self.seen.block_size):
-            keys = slice(first, min(first + self.seen.block_size, sinks))
+        size, sinks = self.seen.block_size, min(self.seen.sinks, self.num_keys)
+        for first in range(0, sinks, size):
+            keys, start = slice(first, min(first + size, sinks)), 0
             key = torch.arange(keys.start, keys.stop, device=self.device)
-            for rows in self._runs(max(start, first - self.before) if self.seen.causal else 0, self.length):
-                hidden = []
-                if self.block_ids is not None:
-                    chosen = (self.block_ids[:, rows] == first // self.seen.block_size).any(-1)
-                    hidden.append((slice(0, rows.stop - rows.start), chosen.unsqueeze(-1).expand(-1, -1, len(key))))
-                if self.seen.causal:
-                    stop = min(keys.stop - 1 + self.seen.window - self.before, rows.stop)
-                    if stop > rows.start:
-                        query = torch.arange(rows.start, stop, device=self.device).unsqueeze(-1) + self.before
-                        mask = key > query - self.seen.window
-                        hidden.append((slice(0, stop - rows.start), mask.unsqueeze(0)))
-                yield Tile(None, rows, keys, hidden)
+            if self.seen.causal:
+                start = max(first + self.seen.window - self.before, 0)
+            for rows in self._runs(start, self.length, size):
+                near = []
+                stop = min(keys.stop - 1 + self.seen.window - self.before, rows.stop)
+                if self.seen.causal and stop > rows.start:
+                    last = torch.arange(rows.start, stop, device=self.device) + (self.before - self.seen.window)
+                    near = [(slice(0, stop - rows.start), key > last.unsqueeze(-1))]
+                for unit in range(self.units):
+                    hidden = near
+                    if self.block_ids is not None:
+                        chosen = (self.block_ids[unit, rows] == first // size).any(-1, keepdim=True)
+                        hidden = [*near, (slice(0, len(chosen)), chosen.expand(-1, len(key)))]
+                    yield Tile(unit, rows, rows.stop - rows.start, keys, hidden)
 
     def _blocks(self) -> Iterator[Tile]:
         if self.block_ids is None:
@@ -116,14 +128,15 @@ class Plan:
         size = self.seen.block_size
         for unit, block, rows, partly in self._selected:
             keys = slice(block * size, min((block + 1) * size, self.num_keys))
-            for start in range(0, len(rows), self.rows_of_one):
-                some, hidden = rows[start : start + self.rows_of_one], []
-                if start < partly:
-                    here = slice(0, min(partly - start, len(some)))
+            key = torch.arange(keys.start, keys.stop, device=self.device)
+            for run in self._runs(0, len(rows), size):
+                some, hidden = rows[run], []
+                if run.start < partly:
+                    here = slice(0, min(partly, run.stop) - run.start)
                     last = some[here].unsqueeze(-1) + (self.before - self.seen.window)
-                    key = torch.arange(keys.start, keys.stop, device=self.device)
-                    hidden.append((here, (key > last).unsqueeze(0)))
-                yield Tile(unit, some, keys, hidden)
+                    hidden = [(here, key > last)]
+                padding = -len(some) % self.multiple
+                yield Tile(unit, F.pad(some, (0, padding)) if padding else some, len(some), keys, hidden)
 
     @cached_property
     def _selected(self) -> list[tuple[int, int, Tensor, int]]:
@@ -140,9 +153,8 @@ class Plan:
         counts[..., 1:] &= ids[..., 1:] != ids[..., :-1]
         group = ids + torch.arange(units, device=self.device).view(-1, 1, 1) * blocks
         rows = torch.arange(length, device=self.device).view(1, -1, 1).expand_as(ids)[counts]
-        group = group[counts]
-        order = group.argsort(stable=True)
-        rows, group = rows[order], group[order]
+        group, order = group[counts].sort(stable=True)
+        rows = rows[order]
         ends = (group % blocks + 1) * size - 1
         partly = last[rows] < ends.clamp(max=self.num_keys - 1)
         sizes = group.bincount(minlength=units * blocks)
@@ -154,9 +166,11 @@ class Plan:
             for which, part, some in zip(found.tolist(), parts, partly[found].tolist(), strict=True)
         ]
 
-    def _runs(self, start: int, stop: int) -> Iterator[slice]:
-        for first in range(start, stop, self.rows_of_all):
-            yield slice(first, min(first + self.rows_of_all, stop))
+    def _runs(self, start: int, stop: int, keys: int) -> Iterator[slice]:
+        """Queries start..stop-1, so many at a time that their scores with so many keys are not too many."""
+        step = max(_SCORES // (self.heads * keys), 1)
+        for first in range(start, stop, step):
+            yield slice(first, min(first + step, stop))
 
 
 class _Sweep:
@@ -174,6 +188,7 @@ class _Sweep:
         if block_ids is not None:
             block_ids = block_ids.transpose(1, 2).flatten(0, 1)
         self.plan = Plan(self.q, self.k, block_ids, seen)
+        self.multiply = multiply if q.device.type == "cpu" else torch.mm
 
     def by_unit(self, t: Tensor) -> Tensor:
         """[B, L, H, ..] → [U, L, R, ..], contiguous."""
@@ -184,14 +199,14 @@ class _Sweep:
         return t.unflatten(0, (-1, self.groups)).transpose(1, 2).flatten(2, 3).to(like.dtype).contiguous()
 
     def scores(self, tile: Tile) -> Tensor:
-        """[units of the tile, n · R, keys], −∞ where hidden."""
-        rows = take(self.q, tile)
-        scores = torch.bmm(rows.flatten(1, 2), keys_of(self.k, tile).mT)
+        """[queries · R, keys], −∞ where hidden."""
+        scores = self.multiply(take(self.q, tile), self.k[tile.unit, tile.keys].mT)
         if self.seen.softcap is not None:
             scores.div_(self.seen.softcap).tanh_().mul_(self.seen.softcap)
-        by_row = scores.unflatten(1, rows.shape[1:3])
+        by_query = scores.unflatten(0, (-1, self.q.shape[2]))
         for some, hidden in tile.hidden:
-            by_row[:, some].masked_fill_(hidden.unsqueeze(2), -torch.inf)
+            by_query[some].masked_fill_(hidden.unsqueeze(1), -torch.inf)
+        by_query[tile.count :] = -torch.inf
         return scores
 
     def largest(self, sink_logits: Tensor | None) -> Tensor | None:
@@ -205,9 +220,7 @@ class _Sweep:
         if sink_logits is not None:
             largest.copy_(self.sinks(sink_logits))
         for tile in self.plan:
-            found = self.scores(tile).amax(-1)
-            rows = take(largest, tile)
-            put(largest, tile, torch.maximum(rows, found.view_as(rows)))
+            put(largest, tile, torch.maximum(take(largest, tile), self.scores(tile).amax(-1)))
         return largest.masked_fill_(largest == -torch.inf, 0)
 
     def sinks(self, sink_logits: Tensor) -> Tensor:
@@ -217,23 +230,25 @@ class _Sweep:
 
 
 def take(t: Tensor, tile: Tile) -> Tensor:
-    """The tile's queries of [U, L, ..]: [units, n, ..], a view if they are a run."""
-    if tile.unit is None:
-        return t[:, tile.rows]
-    return t[tile.unit].index_select(0, tile.rows).unsqueeze(0)
+    """The tile's rows of [U, L, R, ..]: [queries · R, ..], a view if they are a run."""
+    own = t[tile.unit]
+    return (own[tile.rows] if isinstance(tile.rows, slice) else own.index_select(0, tile.rows)).flatten(0, 1)
 
 
 def put(t: Tensor, tile: Tile, rows: Tensor) -> None:
-    """What `take` gave, changed, back to its place."""
-    if tile.unit is None:
-        t[:, tile.rows] = rows
+    """What `take` gave, changed, back to its place, without the padding."""
+    rows = rows.unflatten(0, (-1, t.shape[2]))
+    if isinstance(tile.rows, slice):
+        t[tile.unit, tile.rows] = rows
     else:
-        t[tile.unit].index_copy_(0, tile.rows, rows[0])
+        t[tile.unit].index_copy_(0, tile.rows[: tile.count], rows[: tile.count])
 
 
-def keys_of(t: Tensor, tile: Tile) -> Tensor:
-    """The tile's keys of [U, Lk, ..]: a view [units, n, ..]."""
-    return t[:, tile.keys] if tile.unit is None else t[tile.unit : tile.unit + 1, tile.keys]
+def add(t: Tensor, tile: Tile, rows: Tensor) -> None:
+    """Adds to the tile's rows."""
+    own = take(t, tile).add_(rows)
+    if not isinstance(tile.rows, slice):
+        put(t, tile, own)
 
 
 def attend(
@@ -269,14 +284,10 @@ def _forward_op(
     for tile in sweep.plan:
         weights = sweep.scores(tile)
         if largest is not None:
-            weights.sub_(take(largest, tile).flatten(1, 2).unsqueeze(-1))
+            weights.sub_(take(largest, tile).unsqueeze(-1))
         weights.exp_()
-        rows = take(total, tile)
-        put(total, tile, rows + weights.sum(-1).view_as(rows))
-        rows = take(o, tile)
-        rows.flatten(1, 2).baddbmm_(weights, keys_of(sweep.v, tile))
-        if tile.unit is not None:
-            put(o, tile, rows)
+        add(total, tile, weights.sum(-1))
+        add(o, tile, sweep.multiply(weights, sweep.v[tile.unit, tile.keys]))
     o.div_(total.unsqueeze(-1).masked_fill(total.unsqueeze(-1) == 0, 1))
     lse = total.log_() if largest is None else total.log_().add_(largest)
     return sweep.by_head(o, v), sweep.by_head(lse, lse)
@@ -311,18 +322,14 @@ def _backward_op(
     for tile in sweep.plan:
         weights = sweep.scores(tile)
         slope = None if softcap is None else (weights / softcap).square_().neg_().add_(1).nan_to_num_(0, 0, 0)
-        weights.sub_(take(lse, tile).flatten(1, 2).unsqueeze(-1)).exp_()
-        rows, grads = (take(t, tile).flatten(1, 2) for t in (sweep.q, grad))
-        keys_of(grad_v, tile).baddbmm_(weights.mT, grads)
-        to_scores = torch.bmm(grads, keys_of(sweep.v, tile).mT)
-        to_scores.sub_(take(delta, tile).flatten(1, 2).unsqueeze(-1)).mul_(weights)
+        weights.sub_(take(lse, tile).unsqueeze(-1)).exp_()
+        grads, keys = take(grad, tile), (tile.unit, tile.keys)
+        grad_v[keys].addmm_(weights.mT, grads)
+        to_scores = sweep.multiply(grads, sweep.v[keys].mT).sub_(take(delta, tile).unsqueeze(-1)).mul_(weights)
         if slope is not None:
             to_scores.mul_(slope)
-        keys_of(grad_k, tile).baddbmm_(to_scores.mT, rows)
-        own = take(grad_q, tile)
-        own.flatten(1, 2).baddbmm_(to_scores, keys_of(sweep.k, tile))
-        if tile.unit is not None:
-            put(grad_q, tile, own)
+        grad_k[keys].addmm_(to_scores.mT, take(sweep.q, tile))
+        add(grad_q, tile, sweep.multiply(to_scores, sweep.k[keys]))
     grad_sinks = q.new_empty(0)
     if sink_logits is not None:
         shares = (sweep.sinks(sink_logits) - lse).exp_().mul_(delta).sum(1)  # [U, R]
