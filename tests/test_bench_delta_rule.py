@@ -21,6 +21,7 @@ def bench(monkeypatch):
     monkeypatch.setattr(module._bench, "keep_freed_memory", lambda: True)  # it would stay for all tests after this one
     monkeypatch.setattr(module, "PART", 32)
     monkeypatch.setattr(module, "CHECKED", 32)
+    monkeypatch.setattr(module, "FEW", 24)
     return module
 
 
@@ -45,7 +46,7 @@ def test_measures_small_cases(bench, tmp_path, capsys):
     assert (tmp_path / "delta_rule.png").stat().st_size > 5000
     told = capsys.readouterr().out
     assert "bytes kept over bytes of the inputs" in told
-    assert "time of a step over that after 40 tokens" in told
+    assert "time of a step over that after 24 tokens" in told
 
 
 def test_a_wrong_state_is_named(bench, tmp_path, capsys, monkeypatch):
@@ -69,8 +70,7 @@ def test_bars(bench):
             result("fwd+bwd", 32, {bench.OURS: 1.0, bench.HF: 5.0, bench.SDPA: 9.0}, saved=2 * inputs),
             result("fwd", 2048, {bench.OURS: 1.0, bench.SDPA: 0.5}),
             result("linear", 64, {bench.OURS: 1.05, bench.PARTS: 1.0}),
-            result("decode", 32, {bench.OURS: 1.0, bench.SDPA: 1.0}),
-            result("decode", 64, {bench.OURS: 1.2, bench.SDPA: 2.0}),
+            result("decode", 64, {bench.OURS: 1.2, bench.AFTER_FEW: 1.0, bench.SDPA: 2.0}),
         ]
     )
     assert [(entry["what"].split(" of ")[0], entry["value"], entry["met"]) for entry in found] == [
