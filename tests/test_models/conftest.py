@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from coterie.models import Transformer, TransformerConfig
+from coterie.models.config import MIXERS
 
 
 @pytest.fixture(autouse=True)
@@ -15,11 +16,13 @@ def small_config() -> TransformerConfig:
     return TransformerConfig(
         vocab_size=50,
         dim=24,
-        num_layers=6,
+        num_layers=8,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
-        mixers=tuple(name for name in ("attention", "latent_attention", "linear_attention") for _ in range(2)),
+        mixers=tuple(name for name in MIXERS for _ in range(2)),
+        attention_window=5,
+        attention_sink_logits=True,
         kv_rank=6,
         query_rank=7,
         value_dim=5,

@@ -57,8 +57,9 @@ def test_memory_is_taken_once_and_counted(small_model, small_config):
     latents = small_config.kv_rank + small_config.rotary_dim
     growing = 3 * 10 * (2 * keys_and_values + 2 * latents) * 4  # of two layers each
     states = 2 * 3 * 6 * 9 * 5 * 4
+    windows, masks = 2 * 3 * 4 * keys_and_values * 4, 2 * 3 * 4
     tails = 2 * 3 * (3 - 1) * (2 * 3 * 9 + 6 * 5) * 4
-    wanted = growing + states + tails
+    wanted = growing + states + tails + windows + masks
     assert cache.nbytes == wanted
     assert small_model.new_cache(3, 20).nbytes == wanted + growing
     places = [(layer.keys if hasattr(layer, "keys") else layer.state).data_ptr() for layer in cache.layers]
@@ -66,7 +67,9 @@ def test_memory_is_taken_once_and_counted(small_model, small_config):
         small_model(_ids(3, 1), cache=cache)
     assert [(layer.keys if hasattr(layer, "keys") else layer.state).data_ptr() for layer in cache.layers] == places
     assert cache.nbytes == wanted
-    assert small_model.new_cache(3, 10, dtype=torch.bfloat16).nbytes == states + (growing + tails) // 2
+    assert (
+        small_model.new_cache(3, 10, dtype=torch.bfloat16).nbytes == states + masks + (growing + tails + windows) // 2
+    )
     assert small_model.new_cache(1).max_length == small_config.max_length
 
 
@@ -153,13 +156,15 @@ def test_greedy_generation_through_guesses_is_plain_generation(small_model):
 
 
 @torch.no_grad()
-def test_a_snapshot_copies_states_alone(small_model):
+def test_a_snapshot_copies_states_and_windows_alone(small_model):
     sizes = []
     for max_length in (10, 1000):
         cache = small_model.new_cache(3, max_length)
         small_model(_ids(3, 5), cache=cache)
         sizes.append(cache.snapshot().nbytes)
-    assert sizes == [sum(layer.nbytes for layer in cache.layers[4:])] * 2
+    windows, states = cache.layers[2:4], cache.layers[6:]
+    numbers = len(windows) * 2 * 8
+    assert sizes == [sum(layer.nbytes for layer in (*windows, *states)) + numbers] * 2
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ def test_whole_numbers_do_for_floats_and_the_config_is_frozen():
         (
             {"mixers": ("mamba",)},
             ValueError,
-            "mixers must be of 'attention', 'latent_attention', 'linear_attention', got 'mamba'",
+            "mixers must be of 'attention', 'window_attention', 'latent_attention', 'linear_attention', got 'mamba'",
         ),
         ({**LATENT, "kv_rank": 0}, ValueError, "kv_rank must be positive, got 0"),
         ({"kv_rank": -1}, ValueError, "kv_rank must not be negative, got -1"),
@@ -144,6 +144,13 @@ def test_whole_numbers_do_for_floats_and_the_config_is_frozen():
             "linear_negative_eigenvalues needs a linear_rule that erases, 'delta', .* got 'gla'",
         ),
         ({"mixers": ("linear_attention",), "num_kv_heads": 2}, ValueError, "num_kv_heads must be None .* got 2"),
+        ({"attention_window": 3}, ValueError, "attention_window must be given with the mixer 'window_attention'"),
+        ({"mixers": ("window_attention",)}, ValueError, "and only then, got None with"),
+        (
+            {"mixers": ("window_attention",), "attention_window": 0},
+            ValueError,
+            "attention_window must be positive, got 0",
+        ),
         ({**LATENT, "attention_output_gate": True}, ValueError, "attention_output_gate must be False .* got True"),
         ({"num_kv_heads": 3}, ValueError, "num_kv_heads must divide num_heads = 4, got 3"),
         ({"num_heads": 5}, ValueError, "num_heads must divide dim = 32"),

@@ -110,7 +110,8 @@ def test_mismatches_are_named(saved, small_model):
 
 
 def test_weights_of_another_config(saved, small_config):
-    text = json.dumps(replace(small_config, num_layers=2, mixers=small_config.mixers[:2]).to_dict())
+    less = replace(small_config, num_layers=2, mixers=small_config.mixers[:2], attention_window=None)
+    text = json.dumps(less.to_dict())
     (saved / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"unexpected layers\.2\..* and \d+ more"):
         Transformer.from_pretrained(saved)

@@ -93,6 +93,20 @@ def test_latent_attention_by_hand():
     assert mixer.cache_bytes == 4 * (7 + 4)
 
 
+def test_a_window_by_hand():
+    """5 keys a token, but for the first four tokens; 4 keys, values and whether they are there are kept."""
+    config = replace(MIXED, mixers=("window_attention", "attention"), attention_window=5, attention_sink_logits=True)
+    got = rows(model_cost(config, L))
+    window, full = got["layers.0.mixer"], got["layers.1.mixer"]
+    assert (window.kind, window.params, full.params) == ("window_attention", full.params, window.params)
+    assert full.flops - window.flops == pytest.approx(2 * 2 * 24 * ((L + 1) / 2 - (5 * L - 10) / L))
+    assert (full.cache_bytes, full.state_bytes) == (4 * 2 * 12, 0)
+    assert (window.cache_bytes, window.state_bytes) == (0, 4 * 2 * 12 * 4 + 4)
+    cost, model = model_cost(config, L), Transformer(config, device="meta")
+    for length in (1024, 65536):
+        assert length * cost.total.cache_bytes + cost.total.state_bytes == model.new_cache(1, length).nbytes
+
+
 @pytest.mark.parametrize(
     ("rule", "own", "products"),
     [

@@ -55,12 +55,20 @@ def to_onnx(model: Transformer, path: str | os.PathLike) -> str:
         What was verified: the largest error of the logits over sequences of several lengths.
 
     Raises:
-        ValueError: the model has linear attention.
+        ValueError: the model has linear attention, windows or sink logits.
         ImportError: onnx, onnxscript or onnxruntime is not installed (pip install 'coterie[export]').
         VerificationError: onnxruntime computes something else; nothing is left at `path`, or what was there before.
     """
-    if "linear_attention" in (mixers := model.config.mixers):
-        raise ValueError(f"ONNX has no equivalent of this model's mixers = {mixers}: it has no loop like delta_rule's")
+    config = model.config
+    if "linear_attention" in config.mixers:
+        raise ValueError(
+            f"ONNX has no equivalent of this model's mixers = {config.mixers}: it has no loop like delta_rule's"
+        )
+    if "window_attention" in config.mixers or config.attention_sink_logits:
+        raise ValueError(
+            f"export to ONNX has no windows and sink logits yet, got mixers = {config.mixers}, "
+            f"attention_sink_logits = {config.attention_sink_logits}"
+        )
     for package in ("onnx", "onnxscript", "onnxruntime"):
         optional(package)
     path = checked_file(path)

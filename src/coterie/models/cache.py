@@ -6,7 +6,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from coterie.modules.attention import AttentionCache
+from coterie.modules.attention import AttentionCache, WindowCache
 from coterie.modules.linear_attention import LinearAttentionCache
 
 
@@ -33,9 +33,9 @@ class CacheSnapshot:
 class KVCache:
     """What a model remembers of the positions it has seen, in memory that is taken once.
 
-    Attention keeps keys and values of every position, linear attention a state of one size. `Transformer.new_cache`
-    makes the cache, `Transformer.forward(..., cache=cache)` fills it: every call appends its positions. One that would
-    not fit raises ValueError and leaves the cache as it was.
+    Attention keeps keys and values of every position, or of its window, linear attention a state of one size.
+    `Transformer.new_cache` makes the cache, `Transformer.forward(..., cache=cache)` fills it: every call appends its
+    positions. One that would not fit raises ValueError and leaves the cache as it was.
 
     Attributes:
         layers: one cache a layer, as its mixer made it.
@@ -43,7 +43,7 @@ class KVCache:
         max_length: positions there is room for.
     """
 
-    def __init__(self, layers: list[AttentionCache | LinearAttentionCache], max_length: int) -> None:
+    def __init__(self, layers: list[AttentionCache | WindowCache | LinearAttentionCache], max_length: int) -> None:
         self.layers = layers
         self.max_length = max_length
         self.length = 0
@@ -58,8 +58,8 @@ class KVCache:
     def snapshot(self) -> CacheSnapshot:
         """A point to come back to, as speculation does when its guesses were wrong.
 
-        Copied are the states of linear attention, which are of one size at any length. Keys and values are not: they
-        stay where they are until others are written there.
+        Copied are what is of one size at any length, states of linear attention and windows. Other keys and values are
+        not: they stay where they are until others are written there.
         """
         snapshot = CacheSnapshot(self.length, tuple(layer.snapshot() for layer in self.layers), self._counts)
         self._snapshots.add(snapshot)

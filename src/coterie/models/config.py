@@ -11,7 +11,7 @@ from coterie.modules.linear_attention import RULES
 from coterie.modules.rotary import parse_rotary_scaling
 from coterie.ops import activation_is_gated
 
-MIXERS = ("attention", "latent_attention", "linear_attention")
+MIXERS = ("attention", "window_attention", "latent_attention", "linear_attention")
 FEED_FORWARDS = ("mlp", "moe")
 
 
@@ -26,9 +26,9 @@ class TransformerConfig:
         num_heads: H, query heads.
         num_kv_heads: G, key/value heads, which divides H; None: H.
         head_dim: P, even; None: D / H.
-        mixers: what mixes positions in each layer: "attention", "latent_attention" (deepseek_v3) or "linear_attention".
-            A pattern: repeated up the layers, so its length must divide num_layers;
-            ("linear_attention",) * 3 + ("attention",) makes a hybrid.
+        mixers: what mixes positions in each layer: "attention", "window_attention" (over the last few positions),
+            "latent_attention" (deepseek_v3) or "linear_attention". A pattern: repeated up the layers, so its length
+            must divide num_layers; ("linear_attention",) * 3 + ("attention",) makes a hybrid.
         feed_forwards: the feed-forward of each layer, "mlp" or "moe"; a pattern too: ("mlp", "moe") alternates.
         hidden_dim: width of every "mlp"; 0 if there is none.
         activation: of all feed-forwards; see `coterie.ops.apply_activation`.
@@ -58,6 +58,9 @@ class TransformerConfig:
             that compress.
         output_bias: a bias on the attention's output projection.
         attention_output_gate: a sigmoid gate on what every head of "attention" reads (qwen3_next).
+        attention_window: how many positions "window_attention" sees, its own included; None if there is none.
+        attention_sink_logits: "attention" and "window_attention" have a learned score a head of a position that is not
+            there (gpt_oss).
         attention_scale: what scores are multiplied by; None: P^-0.5.
         rope_theta: the rotary embedding's base.
         rotary_scaling: of a model that was trained on shorter texts; see `coterie.RotaryEmbedding`. None: none.
@@ -115,6 +118,8 @@ class TransformerConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     attention_output_gate: bool = False
+    attention_window: int | None = None
+    attention_sink_logits: bool = False
     attention_scale: float | None = None
     rope_theta: float = 10000.0
     rotary_scaling: str | None = None
@@ -134,7 +139,15 @@ class TransformerConfig:
         check_fields(self)
         positive = ["vocab_size", "dim", "num_layers", "num_heads", "max_length", "rope_theta", "norm_eps"]
         positive += ["embedding_scale", "residual_scale", "logit_divisor"]
-        optional = ["num_kv_heads", "head_dim", "query_rank", "value_dim", "rotary_dim", "attention_scale"]
+        optional = [
+            "num_kv_heads",
+            "head_dim",
+            "query_rank",
+            "value_dim",
+            "rotary_dim",
+            "attention_scale",
+            "attention_window",
+        ]
         linear = ("num_heads", "num_key_heads", "head_dim", "value_dim", "num_edits")
         optional += [f"linear_{name}" for name in linear]
         positive += [name for name in optional if getattr(self, name) is not None]
@@ -189,7 +202,12 @@ class TransformerConfig:
                 f"rotary_dim must be given and less than head_dim = {head_dim} for 'latent_attention', "
                 f"got {self.rotary_dim}"
             )
-        if "attention" not in self.mixers:
+        if ("window_attention" in self.mixers) != (self.attention_window is not None):
+            raise ValueError(
+                f"attention_window must be given with the mixer 'window_attention', and only then, "
+                f"got {self.attention_window} with {self.mixers}"
+            )
+        if not {"attention", "window_attention"} & {*self.mixers}:
             if self.num_kv_heads not in (None, self.num_heads):
                 raise ValueError(
                     f"num_kv_heads must be None or num_heads = {self.num_heads} where no mixer is 'attention', "
@@ -197,8 +215,9 @@ class TransformerConfig:
                 )
             if self.qk_norm is not None:
                 raise ValueError(f"qk_norm must be None where no mixer is 'attention', got {self.qk_norm!r}")
-            if self.attention_output_gate:
-                raise ValueError("attention_output_gate must be False where no mixer is 'attention', got True")
+            for name in ("attention_output_gate", "attention_sink_logits"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} must be False where no mixer is 'attention', got True")
 
     def _check_linear(self) -> None:
         if self.linear_rule not in RULES:

@@ -12,7 +12,7 @@ from coterie.models.cache import KVCache, token_positions
 from coterie.models.config import TransformerConfig
 from coterie.models.pretrained import load_weights, read_config, save_pretrained
 from coterie.modules._init import init_normal
-from coterie.modules.attention import Attention, AttentionCache
+from coterie.modules.attention import Attention, AttentionCache, WindowCache
 from coterie.modules.embedding import TiedEmbedding
 from coterie.modules.gated_mlp import GatedMLP
 from coterie.modules.latent_attention import LatentAttention
@@ -80,7 +80,7 @@ class TransformerLayer(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         token_mask: Tensor | None = None,
-        cache_layer: AttentionCache | LinearAttentionCache | None = None,
+        cache_layer: AttentionCache | WindowCache | LinearAttentionCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """[B, L, D] → ([B, L, D], the routing of a MoE or None)."""
         y = self.mixer(self.mixer_norm(x), rotary, token_mask=token_mask, cache_layer=cache_layer)
@@ -233,7 +233,7 @@ def _norm(config: TransformerConfig, **place) -> RMSNorm:
     return RMSNorm(config.dim, config.norm_eps, zero_centered=config.norm_zero_centered, **place)
 
 
-def _attention(config: TransformerConfig, **place) -> Attention:
+def _attention(config: TransformerConfig, window: int | None = None, **place) -> Attention:
     return Attention(
         config.dim,
         config.num_heads,
@@ -243,12 +243,18 @@ def _attention(config: TransformerConfig, **place) -> Attention:
         qkv_bias=config.qkv_bias,
         output_bias=config.output_bias,
         output_gate=config.attention_output_gate,
+        window=window,
+        sink_logits=config.attention_sink_logits,
         scale=config.attention_scale,
         rotary_interleaved=config.rotary_interleaved,
         norm_eps=config.norm_eps,
         norm_zero_centered=config.norm_zero_centered,
         **place,
     )
+
+
+def _window_attention(config: TransformerConfig, **place) -> Attention:
+    return _attention(config, config.attention_window, **place)
 
 
 def _latent_attention(config: TransformerConfig, **place) -> LatentAttention:
@@ -286,6 +292,7 @@ def _linear_attention(config: TransformerConfig, **place) -> LinearAttention:
 
 _MIXERS = {
     "attention": _attention,
+    "window_attention": _window_attention,
     "latent_attention": _latent_attention,
     "linear_attention": _linear_attention,
 }

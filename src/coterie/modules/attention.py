@@ -1,4 +1,4 @@
-"""Causal attention with grouped queries (Ainslie et al., arXiv:2305.13245), and the cache it decodes with."""
+"""Causal attention with grouped queries (Ainslie et al., arXiv:2305.13245), and the caches it decodes with."""
 
 from collections.abc import Sequence
 
@@ -10,19 +10,19 @@ from coterie.modules._init import init_normal
 from coterie.modules._padding import without_padding
 from coterie.modules.norm import RMSNorm
 from coterie.modules.rotary import apply_rotary
-from coterie.ops import _causal_attention_cpu
+from coterie.ops import _causal_attention_cpu, sparse_attention
 
 QK_NORMS = ("head", "all")
 
 
 class Attention(nn.Module):
-    """Every position attends to itself and to those before it.
+    """Every position attends to itself and to those before it, or to the last few of them.
 
     1. q, k, v = projections of x, split into H query heads and G key/value heads of width P
     2. q, k = rotary(norm(q)), rotary(norm(k)); the norm only with `qk_norm`
     3. with a cache: append k and v to it, and read back all there are so far
-    4. y[h] = softmax(scale · q[h] · k[g]ᵀ, over positions that are not later and not padding) · v[g], where H/G
-       consecutive query heads share a key/value head
+    4. y[h] = softmax(scale · q[h] · k[g]ᵀ, over positions that are not later, not padding and in the window) · v[g],
+       where H/G consecutive query heads share a key/value head; with `sink_logits` exp(s[h]) is in the denominator too
     5. with `output_gate`: y[h] times σ(projection of x)
     6. output projection of the heads side by side
 
@@ -37,6 +37,10 @@ class Attention(nn.Module):
         output_bias: on the output projection.
         output_gate: gate what every head reads (qwen3_next). The gate's rows stand in q_proj, each head's after its
             queries', and share its bias.
+        window: how many positions up to its own each attends to (gpt_oss, Gemma, Mistral); None: all. The cache then
+            keeps no more than that.
+        sink_logits: a learned score for every head, of a position that is not there: a head may attend to nothing
+            (gpt_oss).
         scale: None: P^-0.5.
         rotary_interleaved: the rotary embedding turns pairs of neighbouring channels.
         norm_eps, norm_zero_centered: of the q and k norms; see `RMSNorm`.
@@ -53,6 +57,8 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         output_bias: bool = False,
         output_gate: bool = False,
+        window: int | None = None,
+        sink_logits: bool = False,
         scale: float | None = None,
         rotary_interleaved: bool = False,
         norm_eps: float = 1e-6,
@@ -71,11 +77,14 @@ class Attention(nn.Module):
             head_dim = dim // num_heads
         if qk_norm not in (None, *QK_NORMS):
             raise ValueError(f"qk_norm must be None or one of {', '.join(map(repr, QK_NORMS))}, got {qk_norm!r}")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be None or at least 1, got {window}")
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.qk_norm = qk_norm
         self.output_gate = output_gate
+        self.window = window
         self.scale = scale
         self.rotary_interleaved = rotary_interleaved
         kind = {"device": device, "dtype": dtype}
@@ -83,6 +92,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias, **kind)
         self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias, **kind)
         self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=output_bias, **kind)
+        self.sink_logits = nn.Parameter(torch.empty(num_heads, **kind)) if sink_logits else None
         heads = (num_heads, num_kv_heads) if qk_norm == "all" else (1, 1)  # that a norm is over
         kind["zero_centered"] = norm_zero_centered
         norms = [RMSNorm(count * head_dim, norm_eps, **kind) if qk_norm else None for count in heads]
@@ -90,13 +100,16 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02, output_std: float | None = None) -> None:
-        """Weights normal(0, std), the output projection's normal(0, output_std or std), biases 0; norms as new."""
+        """Weights and sink logits normal(0, std), the output projection's normal(0, output_std or std), biases 0; norms
+        as new."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             init_normal(linear.weight, std)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         if output_std is not None:
             init_normal(self.o_proj.weight, output_std)
+        if self.sink_logits is not None:
+            init_normal(self.sink_logits, std)
         for norm in (self.q_norm, self.k_norm):
             if norm is not None:
                 norm.reset_parameters()
@@ -108,11 +121,13 @@ class Attention(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> "AttentionCache":
+    ) -> "AttentionCache | WindowCache":
         """An empty cache for this layer, on its weights' device and in their dtype unless told otherwise."""
         weight = self.k_proj.weight
-        shape = (batch_size, self.num_kv_heads, max_length, self.head_dim)
-        return AttentionCache(*shape, device=device or weight.device, dtype=dtype or weight.dtype)
+        place = {"device": device or weight.device, "dtype": dtype or weight.dtype}
+        if self.window is not None and self.window <= max_length:
+            return WindowCache(batch_size, self.num_kv_heads, self.window, self.head_dim, **place)
+        return AttentionCache(batch_size, self.num_kv_heads, max_length, self.head_dim, **place)
 
     def forward(
         self,
@@ -120,15 +135,15 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         *,
         token_mask: Tensor | None = None,
-        cache_layer: "AttentionCache | None" = None,
+        cache_layer: "AttentionCache | WindowCache | None" = None,
     ) -> Tensor:
         """[B, L, D] → [B, L, D].
 
         Args:
             x: [B, L, D].
             rotary: (cos, sin) of the L positions, from `RotaryEmbedding`: each [L, P/2] or [B, L, P/2].
-            token_mask: [B, L] bool, False = padding, anywhere in a sequence. Nothing attends to padding, whatever it
-                contains, NaN included; what a padding position attends to is zero.
+            token_mask: [B, L] bool, False = padding, anywhere in a sequence; a window does not count it. Nothing
+                attends to padding, whatever it contains, NaN included; what a padding position attends to is zero.
             cache_layer: what came before x, to which x's keys and values are appended. No gradients through it.
         """
         if token_mask is not None:
@@ -147,7 +162,13 @@ class Attention(nn.Module):
         key_mask = token_mask
         if cache_layer is not None:
             keys, values, key_mask = cache_layer.append(keys, values, token_mask)
-        y = causal_attention(queries, keys, values, key_mask, self.scale).transpose(1, 2).flatten(2)
+        if self.window is None and self.sink_logits is None:
+            y = causal_attention(queries, keys, values, key_mask, self.scale).transpose(1, 2)
+        else:
+            rows = (t.transpose(1, 2) for t in (queries, keys, values))
+            settings = {"window": self.window, "sink_logits": self.sink_logits, "scale": self.scale}
+            y = sparse_attention(*rows, token_mask=key_mask, **settings)
+        y = y.flatten(2)
         return self.o_proj(y * gate.sigmoid() if self.output_gate else y)
 
     def _project(self, x: Tensor) -> Sequence[Tensor]:
@@ -288,3 +309,95 @@ class AttentionCache:
     def rollback(self, snapshot: int) -> None:
         """Forget what came after the snapshot."""
         self.length = snapshot
+
+
+class WindowCache:
+    """What a window of W positions needs of the past, W - 1 keys and values; of use under `torch.no_grad()`.
+
+    Args:
+        batch_size, num_kv_heads, window, head_dim: B, G, W, P.
+
+    Attributes:
+        keys, values: [B, G, W-1, P], the last ones, the newest behind.
+        is_token: [B, W-1] bool, False where there is none yet: in the front.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        window: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if batch_size < 1 or window < 1:
+            raise ValueError(f"a cache needs batch_size and window ≥ 1, got {batch_size} and {window}")
+        shape = (batch_size, num_kv_heads, window - 1, head_dim)
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.is_token = torch.zeros(batch_size, window - 1, dtype=torch.bool, device=device)
+        self.length = 0  # positions that have come
+        self._has_padding = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, filled or not."""
+        return self.keys.nbytes + self.values.nbytes + self.is_token.nbytes
+
+    def append(
+        self, keys: Tensor, values: Tensor, token_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add L positions; get them behind those that their windows may reach.
+
+        Args:
+            keys, values: [B, G, L, P]; kept in the cache's dtype.
+            token_mask: [B, L] bool; None: no padding among them.
+
+        Returns:
+            keys and values [B, G, n + L, P], n ≤ W - 1, and the mask of all, or None where it has no False.
+        """
+        if keys.shape[0] != self.keys.shape[0]:
+            raise ValueError(f"the cache is for a batch of {self.keys.shape[0]}, got {keys.shape[0]}")
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            raise ValueError("a cache carries no gradients: call under torch.no_grad()")
+        room = self.keys.shape[2]
+        self._has_padding |= token_mask is not None
+        # Without padding there are as many as have come: no mask is needed.
+        first = 0 if self._has_padding else room - min(self.length, room)
+        if token_mask is None:
+            token_mask = self.is_token.new_ones(keys.shape[0], keys.shape[2])
+        all_keys, all_values = (
+            torch.cat((own[:, :, first:].to(new.dtype), new), 2)
+            for own, new in ((self.keys, keys), (self.values, values))
+        )
+        mask = torch.cat((self.is_token[:, first:], token_mask), 1)
+        self._keep(all_keys, all_values, mask)
+        self.length += keys.shape[2]
+        return all_keys, all_values, mask if self._has_padding else None
+
+    def _keep(self, keys: Tensor, values: Tensor, mask: Tensor) -> None:
+        """The last W-1 tokens, which padding does not push out."""
+        kept = min(mask.shape[1], self.keys.shape[2])
+        if not kept:
+            return
+        if self._has_padding:
+            order = mask.byte().argsort(stable=True, dim=1)[:, -kept:]  # padding to the front
+            mask = mask.gather(1, order)
+            where = order[:, None, :, None].expand(-1, *keys.shape[1:2], -1, keys.shape[3])
+            keys, values = (t.gather(2, where) for t in (keys, values))
+        self.keys[:, :, -kept:] = keys[:, :, -kept:]
+        self.values[:, :, -kept:] = values[:, :, -kept:]
+        self.is_token[:, -kept:] = mask[:, -kept:]
+
+    def snapshot(self) -> tuple[Tensor, ...]:
+        """Copies of all that is kept, for `rollback`."""
+        counted = torch.tensor([self.length, self._has_padding])
+        return self.keys.clone(), self.values.clone(), self.is_token.clone(), counted
+
+    def rollback(self, snapshot: tuple[Tensor, ...]) -> None:
+        """Be as at the snapshot again."""
+        for own, then in zip((self.keys, self.values, self.is_token), snapshot, strict=False):
+            own.copy_(then)
+        length, has_padding = snapshot[3].tolist()
+        self.length, self._has_padding = length, bool(has_padding)

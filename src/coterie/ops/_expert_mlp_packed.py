@@ -1,12 +1,10 @@
 """`expert_mlp` by packed matrices, on a CPU, for inference: the same values, at the memory's speed for a few rows."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from coterie.ops._arguments import check_tensor
-from coterie.ops._autocast import autocast_dtype
+from coterie.ops._autocast import no_autocast
 from coterie.ops._layout import lay_out
 from coterie.ops._packed import PackedStack, check_packed_input
 from coterie.ops._rows import bias_rows, check_ids, sort_rows
@@ -34,7 +32,7 @@ def packed_expert_mlp(
     check_tensor("expert_ids", expert_ids, (x.shape[0], None), "[T, K]", dtype=torch.int64)
     check_tensor("weights", weights, tuple(expert_ids.shape), "[T, K]")
     forward = _forward_unsorted if 0 < weights.numel() <= _SINGLE_ROWS else _forward
-    with torch.autocast("cpu", enabled=False) if autocast_dtype("cpu") else nullcontext():
+    with no_autocast("cpu"):
         return forward(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, activation)
 
 

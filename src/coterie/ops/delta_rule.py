@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from coterie.ops import _delta_rule_chunks as chunks
 from coterie.ops import _delta_rule_triton
 from coterie.ops._arguments import check_cu_seqlens, check_tensor, choose_impl, read_cu_seqlens
+from coterie.ops._autocast import no_autocast
 from coterie.ops._delta_rule_chunks import Inputs
 
 # Sequences up to this long go token by token: a chunk would be mostly padding.
@@ -103,7 +104,7 @@ def delta_rule(
 
 def _recurrent(inputs: Inputs, states: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The rule as it stands above, of inputs [B, L, ..]."""
-    with torch.autocast(states.device.type, enabled=False):
+    with no_autocast(states.device.type):
         return _steps(inputs, states, scale)
 
 
@@ -156,7 +157,7 @@ def _op(
 
     ends: [number of sequences, 2], the first token of each and the one after its last; None: all are of one length.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device.type):
         plan = _plan(ends, len(states), len(q), chunk, q.device)
         return chunks.forward(Inputs(q, k, v, g, erase, beta), states, plan, scale)
 
@@ -177,7 +178,7 @@ def _op_backward(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to q, k, v, g, erase, beta (empty for None) and to the states."""
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device.type):
         plan = _plan(ends, len(grad_states), len(q), chunk, q.device)
         grads, grad_initial = chunks.backward(grad, grad_states, Inputs(q, k, v, g, erase, beta), kept, plan, scale)
         return *(q.new_empty(0) if t is None else t for t in grads), grad_initial

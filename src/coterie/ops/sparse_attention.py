@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coterie.ops import _sparse_attention_tiles as tiles
 from coterie.ops._arguments import check_cu_seqlens, check_tensor, choose_impl, read_cu_seqlens
+from coterie.ops._autocast import no_autocast
 
 _IMPLS = ("reference", "torch")
 _FEW_QUERIES = 4  # up to so many, what they see is gathered
@@ -78,7 +79,7 @@ def sparse_attention(
     seen = tiles.Seen(window, sinks, block_size, causal, width**-0.5 if scale is None else float(scale), softcap)
     sequences = _sequences(batch, length, k.shape[1], causal, cu_seqlens, token_mask)
     attend = _dense if impl == "reference" else _attend
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device.type):
         if sequences is None:
             o, lse = attend(q, k, v, block_ids, sink_logits, seen)
         else:

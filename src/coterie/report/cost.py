@@ -23,6 +23,7 @@ from coterie.modules.router import TopKRouter
 from coterie.report.table import format_table, human_bytes, human_count
 
 # At which `format_cost` says how much of a cache is state.
+_OF_ONE_SIZE = ("linear_attention", "window_attention")  # mixers whose cache does not grow with the length
 _CACHE_LENGTHS = (1024, 4096, 65536)
 
 
@@ -150,7 +151,7 @@ def model_cost(
                 read += config.vocab_size * config.dim
                 flops += 2 * config.vocab_size * config.dim
             cache = size * sum(_cache_elements(module) for module in modules)
-            state = sum(module.new_cache(1).nbytes for module in modules if isinstance(module, LinearAttention))
+            state = sum(_state_bytes(module) for module in modules)
             costs = params, active, flops, size * read, cache, state, saved[name] / length
             layers.append(LayerCost(name, kind, *costs))
         return ModelCost(
@@ -159,7 +160,7 @@ def model_cost(
             str(dtype).removeprefix("torch."),
             _break_even(model),
             sum(layer.cache_bytes for layer in layers)
-            + config.layer_mixers.count("linear_attention") * size * _attention_cache_elements(config),
+            + sum(mixer in _OF_ONE_SIZE for mixer in config.layer_mixers) * size * _attention_cache_elements(config),
         )
 
 
@@ -312,8 +313,10 @@ def _flops(module: nn.Module, length: int) -> float:
         elif isinstance(part, MoE):
             flops += 2 * part.router.top_k * _matrix_elements(part)
         elif isinstance(part, Attention):
-            # Scores and their use, each H · P per key; (L + 1) / 2 keys in the mean over a causal sequence.
-            flops += 2 * 2 * part.num_heads * part.head_dim * (length + 1) / 2
+            # Scores and their use, each H · P per key; in the mean over a causal sequence it sees so many.
+            window = min(part.window or length, length)
+            keys = (window * (window + 1) / 2 + (length - window) * window) / length
+            flops += 2 * 2 * part.num_heads * part.head_dim * keys
         elif isinstance(part, LinearAttention):
             flops += 2 * part.num_heads * part.head_dim * part.value_dim * (1 + part.num_edits)  # read, and written
             if part.beta_proj is not None:
@@ -329,11 +332,18 @@ def _cache_elements(module: nn.Module) -> int:
     """Elements that one token adds to the cache: a key and a value per kv head, or a latent and a rotary key."""
     elements = 0
     for part in module.modules():
-        if isinstance(part, Attention):
+        if isinstance(part, Attention) and part.window is None:
             elements += 2 * part.num_kv_heads * part.head_dim
         elif isinstance(part, LatentAttention):
             elements += part.kv_rank + part.rotary_dim
     return elements
+
+
+def _state_bytes(module: nn.Module) -> int:
+    """Bytes of the cache of a mixer whose cache does not grow with the length, once that is long."""
+    if isinstance(module, LinearAttention):
+        return module.new_cache(1).nbytes
+    return module.new_cache(1, module.window).nbytes if isinstance(module, Attention) and module.window else 0
 
 
 def _attention_cache_elements(config: TransformerConfig) -> int:
