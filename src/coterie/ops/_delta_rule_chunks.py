@@ -11,6 +11,7 @@ every few chunks. A unit is one chunk of one head; Y of them, chunk by chunk, ar
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -57,39 +58,54 @@ class Plan:
         padded: of each chunk, whether it has padding.
         steps: how many chunks each step has, never growing.
         order: [number of sequences], the longest first.
+        length: of each sequence, if they are all of one; else None.
     """
 
     index: Tensor
     padded: list[bool]
     steps: list[int]
     order: Tensor
+    length: int | None
 
     def spans(self, heads: int) -> Iterator["Span"]:
         """Runs of steps that are worked on together."""
-        first, sizes = 0, []
-        for chunks in self.steps:
+        first, start, sizes = 0, 0, []
+        for step, chunks in enumerate(self.steps):
             if sizes and len(sizes) >= _span_steps(sizes[0], heads, self.index.shape[1]):
-                yield self._span(first, sizes, heads)
-                first, sizes = first + sum(sizes), []
+                yield self._span(first, start, sizes, heads)
+                first, start, sizes = first + sum(sizes), step, []
             sizes.append(chunks)
         if sizes:
-            yield self._span(first, sizes, heads)
+            yield self._span(first, start, sizes, heads)
 
-    def _span(self, first: int, sizes: Sequence[int], heads: int) -> "Span":
+    def _span(self, first: int, start: int, sizes: Sequence[int], heads: int) -> "Span":
         here = slice(first, first + sum(sizes))
-        return Span(self.index[here], any(self.padded[here]), [heads * chunks for chunks in sizes])
+        is_padded = any(self.padded[here])
+        run = None if self.length is None or is_padded else (len(self.order), start)
+        return Span(self.index[here], is_padded, [heads * chunks for chunks in sizes], run)
 
 
 @dataclass(frozen=True)
 class Span:
-    """index [X, C], a token each or -1; whether there is a -1; and how many units each step has."""
+    """index [X, C], a token each or -1; whether there is a -1; how many units each step has; and, where the tokens are
+    a run of every sequence, how many sequences there are and the first step."""
 
     index: Tensor
     is_padded: bool
     steps: list[int]
+    run: tuple[int, int] | None
+
+    def _view(self, t: Tensor) -> Tensor:
+        """The run of t [N, H', ..], [steps, sequences, H', C, ..]."""
+        (sequences, start), steps, chunk = self.run, len(self.steps), self.index.shape[1]
+        rows = t.unflatten(0, (sequences, -1))[:, start * chunk : (start + steps) * chunk]
+        return rows.unflatten(1, (steps, chunk)).transpose(0, 1).transpose(2, 3)
 
     def take(self, t: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
         """[N, H', ..] → [X · heads, C, ..], padding 0; a head of t serves heads / H' in turn."""
+        if self.run is not None:
+            rows = self._view(t).unsqueeze(3).expand(-1, -1, -1, heads // t.shape[1], *[-1] * (t.dim() - 1))
+            return rows.new_empty(rows.shape, dtype=dtype).copy_(rows).flatten(0, 3)
         of_head = torch.arange(heads, device=t.device) // (heads // t.shape[1])
         rows = self.index.clamp(min=0).unsqueeze(1) * t.shape[1] + of_head.unsqueeze(-1)  # [X, heads, C]
         taken = t.flatten(0, 1).index_select(0, rows.flatten()).to(dtype).view(-1, rows.shape[-1], *t.shape[2:])
@@ -100,8 +116,11 @@ class Span:
 
     def put(self, total: Tensor, rows: Tensor) -> None:
         """total [N, H', ..] at the index becomes rows [X · heads, C, ..], summed over the heads that one serves."""
-        rows = rows.unflatten(0, (len(self.index), total.shape[1], -1)).transpose(2, 3)
-        rows = rows.sum(3) if rows.shape[3] > 1 else rows.squeeze(3)
+        rows = rows.unflatten(0, (len(self.index), total.shape[1], -1))
+        rows = rows.sum(2) if rows.shape[2] > 1 else rows.squeeze(2)
+        if self.run is not None:
+            self._view(total).copy_(rows.unflatten(0, (len(self.steps), -1)))
+            return
         rows, tokens = rows.transpose(1, 2).flatten(0, 1).to(total.dtype), self.index.flatten()
         if self.is_padded:
             is_token = tokens >= 0
@@ -130,7 +149,12 @@ def make_plan(bounds: Sequence[tuple[int, int]], chunk: int, device: torch.devic
     active = counts > step  # [steps, sequences]
     index = (starts + step * chunk)[active][:, None] + torch.arange(chunk)
     index = index.masked_fill(index >= stops.expand_as(active)[active][:, None], -1)
-    return Plan(index.to(device), (index[:, -1] < 0).tolist(), active.sum(1).tolist(), order.to(device))
+    length = bounds[0][1] if list(bounds) == _side_by_side(len(bounds), bounds[0][1]) else None
+    return Plan(index.to(device), (index[:, -1] < 0).tolist(), active.sum(1).tolist(), order.to(device), length)
+
+
+def _side_by_side(sequences: int, length: int) -> list[tuple[int, int]]:
+    return [(length * i, length * (i + 1)) for i in range(sequences)]
 
 
 def forward(inputs: Inputs, states: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,9 +167,8 @@ def forward(inputs: Inputs, states: Tensor, plan: Plan, scale: float) -> tuple[T
     state, kept, exact = states[plan.order].flatten(0, 1), [], _needs_exact_triangles(inputs)
     for span in plan.spans(heads):
         kept.append(state[: span.steps[0]].clone())
-        terms, _ = _terms(_take(inputs, span, states.dtype), exact)
-        befores, delta = _advance(state, terms, span.steps)
-        rows = torch.bmm(terms.q, befores)
+        terms, _ = _terms(_take(inputs, span, states.dtype), exact, keep=False)
+        rows, delta = _outputs(state, terms, span.steps)
         span.put(o, rows.baddbmm_(terms.m, delta, beta=scale, alpha=scale))
     final = torch.empty_like(states)
     final[plan.order] = state.unflatten(0, (-1, heads))
@@ -163,9 +186,9 @@ def backward(
     starts = kept.split([span.steps[0] for span in spans])
     for span, state in zip(reversed(spans), reversed(starts), strict=True):
         taken = _take(inputs, span, kept.dtype)
-        terms, edit = _terms(taken, exact)
+        terms, edit = _terms(taken, exact, keep=True)
         rows = span.take(grad, heads, kept.dtype).mul_(scale)
-        term_grads = _through_states(rows, terms, span.steps, state.clone(), grad_state)
+        term_grads = _through_states(rows, terms, span.steps, state, grad_state)
         for total, gradient in zip(grads, _input_grads(taken, edit, terms, term_grads), strict=True):
             if total is not None:
                 span.put(total, gradient)
@@ -199,94 +222,120 @@ class _Edit(NamedTuple):
     decay: Decay
 
 
-def _terms(inputs: Inputs, exact: bool) -> tuple[Terms, _Edit]:
-    """Of inputs [Y, C, ..]."""
+def _terms(inputs: Inputs, exact: bool, *, keep: bool) -> tuple[Terms, _Edit]:
+    """Of inputs [Y, C, ..], which are written to if they are not to be kept."""
     q, k, z, g, erase, beta = inputs
     decay = Decay.of(g)
     if beta is not None:
-        erase, z = k * beta.unsqueeze(-1), z * beta.unsqueeze(-1)
+        beta = beta.unsqueeze(-1)
+        erase, z = k * beta, z * beta if keep else z.mul_(beta)
     a = None
     if erase is not None:
         a = decay.multiply(*(t.double() if exact and t.device.type != "mps" else t for t in (erase, k)))
+    m = decay.multiply(q, k)
     terms = Terms(
         z=z,
-        q=decay.since_start(q),
-        k=decay.until_end(k),
-        m=decay.multiply(q, k),
+        q=decay.since_start(q, keep=keep),
+        k=decay.until_end(k, keep=keep),
+        m=m,
         last=decay.whole,
-        erase=None if erase is None else decay.since_start(erase),
+        erase=None if erase is None else decay.since_start(erase, keep=keep),
         triangle=None if a is None else _inverse(a),
     )
     return terms, _Edit(erase, a, decay)
 
 
-def _advance(state: Tensor, terms: Terms, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The states before the units [Y, P, V] and what they write, Δ [Y, C, V]; `state` becomes that after the last."""
-    befores = state.new_empty(len(terms.z), *state.shape[1:])
+def _outputs(state: Tensor, terms: Terms, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What units read of the states before them, Q̃ S, and what they write, Δ, both [Y, C, V].
+
+    state: before the first; becomes that after the last.
+    """
+    rows = torch.empty_like(terms.z)
     delta = terms.z if terms.erase is None else torch.empty_like(terms.z)
-    for units, before, change, z, k, last, erase, triangle in zip(
-        steps, *(_split(t, steps) for t in (befores, delta, terms.z, terms.k, *terms[4:])), strict=True
-    ):
+    for units, read, change, term in _by_step(steps, rows, delta, *terms):
         now = state[:units]
-        before.copy_(now)
-        if erase is not None:
-            _multiply(triangle, torch.baddbmm(z, erase, now, alpha=-1), out=change)
-        if last is not None:
-            now.mul_(last)
-        now.baddbmm_(k.mT, change)
-    return befores, delta
+        torch.bmm(term.q, now, out=read)
+        _write(change, term, now)
+        if term.last is not None:
+            now.mul_(term.last)
+        now.baddbmm_(term.k.mT, change)
+    return rows, delta
+
+
+def _write(change: Tensor, terms: Terms, state: Tensor) -> None:
+    """change = Δ; if nothing is erased it is so already."""
+    if terms.erase is not None:
+        _multiply(terms.triangle, torch.baddbmm(terms.z, terms.erase, state, alpha=-1), out=change)
 
 
 def _through_states(rows: Tensor, terms: Terms, steps: Sequence[int], state: Tensor, grad_state: Tensor) -> Terms:
     """The gradients to `terms` from those to their outputs, `rows` [Y, C, V], and to the states after them.
 
-    state: before the span; both it and grad_state, which becomes that before the span, are written to.
+    state: before the span. grad_state: to that after it; becomes that to `state`.
     """
-    befores, delta = _advance(state, terms, steps)
-    afters = torch.empty_like(befores)
+    befores = state.new_empty(len(terms.z), *state.shape[1:])
+    delta = terms.z if terms.erase is None else torch.empty_like(terms.z)
+    grad_q, grad_k = torch.empty_like(terms.q), torch.empty_like(terms.k)
+    parts = _by_step(steps, befores, delta, rows, grad_q, *terms)
+    parts[0][1].copy_(state)
+    for (units, now, change, row, to_q, term), following in zip_longest(parts, parts[1:]):
+        torch.bmm(row, now.mT, out=to_q)
+        _write(change, term, now)
+        if following is None:
+            break
+        units, after = following[:2]
+        if term.last is None:
+            after.copy_(now[:units])
+        else:
+            torch.mul(now[:units], term.last[:units], out=after)
+        after.baddbmm_(term.k[:units].mT, change[:units])
     grad_z = torch.bmm(terms.m.mT, rows)  # so far to Δ
-    from_rows = torch.bmm(terms.q.mT, rows)
-    parts = zip(steps, *(_split(t, steps) for t in (afters, grad_z, from_rows, terms.k, *terms[4:])), strict=True)
-    for units, after, change, read, k, last, erase, triangle in reversed(list(parts)):
+    to_last = []
+    for units, before, wrote, row, to_change, to_k, term in reversed(
+        _by_step(steps, befores, delta, rows, grad_z, grad_k, *terms)
+    ):
         now = grad_state[:units]
-        after.copy_(now)
-        change.baddbmm_(k, after)
-        if erase is not None:
-            _multiply(triangle.mT, change, out=change)
-        if last is not None:
-            now.mul_(last)
-        now.add_(read)
-        if erase is not None:
-            now.baddbmm_(erase.mT, change, alpha=-1)
-    grad_last = grad_erase = grad_triangle = None
-    if terms.last is not None:
-        grad_last = (afters * befores).sum((1, 2) if terms.last.shape[1] == 1 else 2, keepdim=True)
-    if terms.erase is not None:
-        grad_erase = _negative_product(grad_z, befores.mT)
-        grad_triangle = _negative_product(grad_z, delta.mT)
+        torch.bmm(wrote, now.mT, out=to_k)
+        to_change.baddbmm_(term.k, now)
+        if term.erase is not None:
+            _multiply(term.triangle.mT, to_change, out=to_change)
+        if term.last is not None:
+            to_last.append((now * before).sum((1, 2) if term.last.shape[1] == 1 else 2, keepdim=True))
+            now.mul_(term.last)
+        now.baddbmm_(term.q.mT, row)
+        if term.erase is not None:
+            now.baddbmm_(term.erase.mT, to_change, alpha=-1)
+    has_erase = terms.erase is not None
     return Terms(
         z=grad_z,
-        q=torch.bmm(rows, befores.mT),
-        k=torch.bmm(delta, afters.mT),
+        q=grad_q,
+        k=grad_k,
         m=torch.bmm(rows, delta.mT),
-        last=grad_last,
-        erase=grad_erase,
-        triangle=grad_triangle,
+        last=torch.cat(to_last[::-1]) if to_last else None,
+        erase=_negative_product(grad_z, befores.mT) if has_erase else None,
+        triangle=_negative_product(grad_z, delta.mT) if has_erase else None,
     )
 
 
+def _by_step(steps: Sequence[int], *tensors: Tensor | None) -> list[tuple]:
+    """(units, the parts of the tensors before the last seven, `Terms` of those seven) of each step."""
+    parts = zip(*([None] * len(steps) if t is None else t.split(steps) for t in tensors), strict=True)
+    own = len(tensors) - len(Terms._fields)
+    return [(units, *part[:own], Terms(*part[own:])) for units, part in zip(steps, parts, strict=True)]
+
+
 def _input_grads(inputs: Inputs, edit: _Edit, terms: Terms, grads: Terms) -> Inputs:
-    """The gradients to the inputs [Y, C, ..] from those to the terms, which are not kept."""
+    """The gradients to the inputs [Y, C, ..] from those to the terms, which are written to."""
     q, k, v, g, _, beta = inputs
     erase, a, decay = edit
-    grad_q, grad_k, grad_v = decay.since_start(grads.q), decay.until_end(grads.k), grads.z
-    grad_erase = grad_g = grad_beta = None
+    grad_q, grad_k = decay.since_start(grads.q, keep=False), decay.until_end(grads.k, keep=False)
+    grad_v, grad_erase, grad_g, grad_beta = grads.z, None, None, None
     if erase is not None:
-        grad_erase = decay.since_start(grads.erase)
+        grad_erase = decay.since_start(grads.erase, keep=False)
     if g is not None:
-        since, until = q * grad_q, k * grad_k
+        since, until = decay.paired(q, grad_q), decay.paired(k, grad_k)
         if erase is not None:
-            since.addcmul_(erase, grad_erase)
+            since.add_(decay.paired(erase, grad_erase))
     inside = decay.multiply_backward(grads.m.tril_(), terms.m, q, k, grad_q, grad_k)
     if erase is not None:
         more = decay.multiply_backward(grads.triangle.tril_(-1), a.to(k.dtype), erase, k, grad_erase, grad_k)
@@ -296,12 +345,8 @@ def _input_grads(inputs: Inputs, edit: _Edit, terms: Terms, grads: Terms) -> Inp
     if beta is not None:
         beta = beta.unsqueeze(-1)
         grad_beta = (grad_erase * k).sum(-1) + (grad_v * v).sum(-1)
-        grad_k, grad_v, grad_erase = grad_k.addcmul_(grad_erase, beta), grad_v * beta, None
+        grad_k, grad_v, grad_erase = grad_k.addcmul_(grad_erase, beta), grad_v.mul_(beta), None
     return Inputs(grad_q, grad_k, grad_v, grad_g, grad_erase, grad_beta)
-
-
-def _split(t: Tensor | None, steps: Sequence[int]) -> Sequence[Tensor | None]:
-    return [None] * len(steps) if t is None else t.split(steps)
 
 
 def _inverse(a: Tensor) -> Tensor:

@@ -22,13 +22,17 @@ class Decay:
             return Decay()
         return _DecayOfHeads(g.unsqueeze(-1)) if g.dim() == 2 else _DecayOfChannels(g)
 
-    def since_start(self, rows: Tensor) -> Tensor:
-        """rows · exp G."""
+    def since_start(self, rows: Tensor, *, keep: bool) -> Tensor:
+        """rows · exp G; keep: `rows` are needed as they are, else they become that."""
         return rows
 
-    def until_end(self, rows: Tensor) -> Tensor:
+    def until_end(self, rows: Tensor, *, keep: bool) -> Tensor:
         """rows · exp(G_C − G)."""
         return rows
+
+    def paired(self, left: Tensor, right: Tensor) -> Tensor | None:
+        """left ⊙ right [Y, C, P], summed over what one decay is for."""
+        return None
 
     def multiply(self, left: Tensor, k: Tensor) -> Tensor:
         """[Y, C, C]: Σ_p left_ip k_jp exp(G_ip − G_jp) for i ≥ j, else 0."""
@@ -57,11 +61,14 @@ class _SomeDecay(Decay):
         self._since, self._until = self._exp(self._total), self._exp(self._total[:, -1:] - self._total)
         self.whole = self._exp(self._total[:, -1:]).mT
 
-    def since_start(self, rows: Tensor) -> Tensor:
-        return rows * self._since
+    def since_start(self, rows: Tensor, *, keep: bool) -> Tensor:
+        return rows * self._since if keep else rows.mul_(self._since)
 
-    def until_end(self, rows: Tensor) -> Tensor:
-        return rows * self._until
+    def until_end(self, rows: Tensor, *, keep: bool) -> Tensor:
+        return rows * self._until if keep else rows.mul_(self._until)
+
+    def paired(self, left: Tensor, right: Tensor) -> Tensor:
+        return left * right
 
     def _exp(self, log: Tensor) -> Tensor:
         return log.to(self._dtype).exp()
@@ -69,18 +76,13 @@ class _SomeDecay(Decay):
     def backward(self, since: Tensor, until: Tensor, to_whole: Tensor, inside: Tensor) -> Tensor:
         """The gradient to g: whatever decayed at a token has a part in it, and nothing else, so that none cancels.
 
-        since: rows ⊙ their gradients of all `since_start`, [Y, C, P]: those of the token and later ones count.
+        since: rows `paired` with their gradients of all `since_start`: those of the token and later ones count.
         until: the same of `until_end`: those of earlier ones count.
         to_whole: the gradient to `whole`, [Y, 1 or P, 1].
         inside: the sum of what `multiply_backward` returned.
         """
-        since, until = self._summed(since), self._summed(until)
         grad = since.flip(1).cumsum(1).flip(1) + (until.cumsum(1) - until) + (self.whole * to_whole).mT
         return grad.add_(self._inside(inside)).masked_fill_(self._is_clamped, 0.0)
-
-    def _summed(self, t: Tensor) -> Tensor:
-        """Over what one decay is for."""
-        return t
 
     def _inside(self, t: Tensor) -> Tensor:
         """From what is inside a chunk, [Y, C, 1 or P]."""
@@ -108,8 +110,8 @@ class _DecayOfHeads(_SomeDecay):
     def backward(self, since: Tensor, until: Tensor, to_whole: Tensor, inside: Tensor) -> Tensor:
         return super().backward(since, until, to_whole, inside).squeeze(-1)
 
-    def _summed(self, t: Tensor) -> Tensor:
-        return t.sum(-1, keepdim=True)
+    def paired(self, left: Tensor, right: Tensor) -> Tensor:
+        return (left * right).sum(-1, keepdim=True)
 
     def _inside(self, t: Tensor) -> Tensor:
         """The decay of token t is in G_i − G_j for i ≥ t > j."""
