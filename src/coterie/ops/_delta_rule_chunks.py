@@ -164,10 +164,10 @@ def forward(inputs: Inputs, states: Tensor, plan: Plan, scale: float) -> tuple[T
     """
     heads = inputs.v.shape[1]
     o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
-    state, kept, exact = states[plan.order].flatten(0, 1), [], _needs_exact_triangles(inputs)
+    state, kept = states[plan.order].flatten(0, 1), []
     for span in plan.spans(heads):
         kept.append(state[: span.steps[0]].clone())
-        terms, _ = _terms(_take(inputs, span, states.dtype), exact, keep=False)
+        terms, _ = _terms(_take(inputs, span, states.dtype), keep=False)
         rows, delta = _outputs(state, terms, span.steps)
         span.put(o, rows.baddbmm_(terms.m, delta, beta=scale, alpha=scale))
     final = torch.empty_like(states)
@@ -181,12 +181,12 @@ def backward(
     """Gradients to the inputs, and to the states before the first tokens."""
     heads = inputs.v.shape[1]
     grads = Inputs(*(None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs))
-    grad_state, exact = grad_states[plan.order].flatten(0, 1), _needs_exact_triangles(inputs)
+    grad_state = grad_states[plan.order].flatten(0, 1)
     spans = list(plan.spans(heads))
     starts = kept.split([span.steps[0] for span in spans])
     for span, state in zip(reversed(spans), reversed(starts), strict=True):
         taken = _take(inputs, span, kept.dtype)
-        terms, edit = _terms(taken, exact, keep=True)
+        terms, edit = _terms(taken, keep=True)
         rows = span.take(grad, heads, kept.dtype).mul_(scale)
         term_grads = _through_states(rows, terms, span.steps, state, grad_state)
         for total, gradient in zip(grads, _input_grads(taken, edit, terms, term_grads), strict=True):
@@ -201,17 +201,14 @@ def _take(inputs: Inputs, span: Span, dtype: torch.dtype) -> Inputs:
     return Inputs(*(t if t is None else span.take(t, inputs.v.shape[1], dtype) for t in inputs))
 
 
-def _needs_exact_triangles(inputs: Inputs) -> bool:
-    """Whether triangles have to be float64.
+def _needs_exact_triangle(k: Tensor, beta: Tensor | None) -> bool:
+    """Whether the triangles of units have to be float64; k [Y, C, P], beta [Y, C, 1].
 
     Where keys are alike and β‖k‖² is near 2, the inverse is large and what it makes is small.
     """
-    if inputs.beta is None or inputs.k.device.type != "cpu":  # an accelerator is not waited for
-        return inputs.erase is not None or inputs.beta is not None
-    dtype = torch.promote_types(inputs.k.dtype, torch.float32)
-    squares = torch.linalg.vector_norm(inputs.k, dim=-1, dtype=dtype).square()
-    squares = squares.repeat_interleave(inputs.beta.shape[1] // squares.shape[1], 1)
-    return not bool((inputs.beta * squares <= _TAME).all())
+    if beta is None or k.device.type != "cpu":  # an accelerator is not waited for
+        return k.device.type != "mps"  # which has none
+    return not bool((torch.linalg.vector_norm(k, dim=-1, keepdim=True).square_().mul_(beta) <= _TAME).all())
 
 
 class _Edit(NamedTuple):
@@ -222,7 +219,7 @@ class _Edit(NamedTuple):
     decay: Decay
 
 
-def _terms(inputs: Inputs, exact: bool, *, keep: bool) -> tuple[Terms, _Edit]:
+def _terms(inputs: Inputs, *, keep: bool) -> tuple[Terms, _Edit]:
     """Of inputs [Y, C, ..], which are written to if they are not to be kept."""
     q, k, z, g, erase, beta = inputs
     decay = Decay.of(g)
@@ -231,7 +228,8 @@ def _terms(inputs: Inputs, exact: bool, *, keep: bool) -> tuple[Terms, _Edit]:
         erase, z = k * beta, z * beta if keep else z.mul_(beta)
     a = None
     if erase is not None:
-        a = decay.multiply(*(t.double() if exact and t.device.type != "mps" else t for t in (erase, k)))
+        exact = _needs_exact_triangle(k, beta)
+        a = decay.multiply(*(t.double() if exact else t for t in (erase, k)))
     m = decay.multiply(q, k)
     terms = Terms(
         z=z,

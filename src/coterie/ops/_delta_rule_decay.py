@@ -93,7 +93,8 @@ class _DecayOfHeads(_SomeDecay):
     @cached_property
     def _between(self) -> Tensor:
         """exp(G_i − G_j) for i ≥ j, else 0."""
-        log = (self._total - self._total.mT).to(self._dtype)
+        log = self._total.new_empty(*self._total.shape[:2], self._total.shape[1], dtype=self._dtype)
+        torch.sub(self._total, self._total.mT, out=log)
         later = torch.full(log.shape[1:], -torch.inf, dtype=self._dtype, device=log.device).triu_(1)
         return log.add_(later).exp_()
 
