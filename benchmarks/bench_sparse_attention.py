@@ -124,7 +124,7 @@ def make_case(kind: str, length: int, dtype: str, options: Options) -> Case:
             partial(_checked, once, wide, all_keys=kind == DECODE),
             dict.fromkeys(checked, TOLERANCES[dtype]),
             # What both pairs of products are for: half the square of keys, or what is seen.
-            work=(length / 2 if kind != DECODE else 0.0) / (options.window + options.blocks * BLOCK),
+            work=0.0 if kind == DECODE or run is not _full else length / 2 / (options.window + options.blocks * BLOCK),
         )
         for name, run, wide in (
             *((name, run, partial(run, impl="reference")) for name, run in ours.items()),

@@ -56,7 +56,8 @@ _BATCH, _TEST_BATCH, _CHECK_EVERY, _SOLVED = 32, 256, 50, 1e-4
 class Options:
     """Train small models on a synthetic task and compare their mixers: table, JSON and PNG.
 
-    With no options: eleven mixers, two learning rates, three seeds; 44 runs of up to a minute on a core each, five to ten minutes.
+    With no options: eleven mixers, two learning rates, three seeds; 44 runs of up to a minute on a core each, five to
+    ten minutes in all on two.
     """
 
     task: Annotated[str, tyro.conf.Positional, arg(metavar="{" + ",".join(TASKS) + "}")]

@@ -99,7 +99,7 @@ def forward(
     tiles, num_sequences, erases = _tiles(q, v), before.shape[0], _erases(erase, beta)
     prepared = _prepare(q, k, v, g, erase, beta, num_sequences, ends, tiles)
     length, segment = _lengths(q, v, num_sequences, ends is not None, tiles)
-    o, after, starts, factors = torch.empty_like(v), torch.empty_like(before), None, None
+    o, starts, factors = torch.empty_like(v), None, None
 
     def scan(v: Tensor | None, before: Tensor | None, o: Tensor | None, after: Tensor) -> Tensor:
         forward_kernel[(_state_programs(after, tiles.forward),)](
@@ -139,7 +139,9 @@ def forward(
             .clone(memory_format=torch.contiguous_format)
         )
     elif before.numel():
-        scan(v, before, o, after)
+        after = scan(v, before, o, torch.empty_like(before))
+    else:
+        after = torch.empty_like(before)
     kept = prepared.total, prepared.solved, starts, factors
     dtypes = torch.float32, solved_dtype(q), torch.float32, torch.float32
     return (
@@ -228,7 +230,7 @@ def backward(
         prepared = _Prepared(q, k, erase, _given(total), None, None, _given(solved))
     slots = num_slots(q.shape[0], num_sequences, ends is not None, tiles.chunk)
     states, grad_states = (q.new_empty(slots, *before.shape[1:]) for _ in range(2))
-    grad_z, grad_before = torch.empty_like(v), torch.empty_like(before)
+    grad_z = torch.empty_like(v)
     delta = torch.empty_like(v) if erases else None
     length, segment = _lengths(q, v, num_sequences, ends is not None, tiles)
 
@@ -272,7 +274,9 @@ def backward(
             .clone(memory_format=torch.contiguous_format)
         )
     elif before.numel():
-        scan(grad_after, before, grad_before, *written)
+        grad_before = scan(grad_after, before, torch.empty_like(before), *written)
+    else:
+        grad_before = torch.empty_like(before)
     heads = v.shape[1]
     grad_v = grad_z if beta is None else torch.empty_like(v)
     grad_g = None if g is None else torch.empty_like(g)

@@ -121,21 +121,21 @@ def backward_kernel(
         if grad_z_ptr is not None:
             store_rows(grad_z_ptr, grad_z, token, is_token, head, column, HEADS, V)
     store_state(grad_before_ptr, grad_state, state, width, column, P, V)
-    if states_ptr is None:
-        return
-
-    values = load_state(before_ptr, state, width, column, P, V)
-    for chunk in range(chunks):
-        token = start + chunk * CHUNK + tl.arange(0, CHUNK)
-        is_token = token < stop
-        place = (first_slot + chunk) * HEADS + head
-        narrow = values.to(k_ptr.dtype.element_ty)
-        store_state(states_ptr, narrow, place, width, column, P, V)
-        k = load_rows(k_ptr, token, is_token, key_head, width, KEY_HEADS, P)
-        delta = chunk_edits(
-            k, v_ptr, erase_ptr, beta_ptr, total_ptr, solved_ptr, narrow, token, is_token, head, place, width, column,
-            HEADS, ERASE_HEADS, P, V, CHUNK, PARTS, PRECISION,
-        )  # fmt: skip
-        if delta_ptr is not None:
-            store_rows(delta_ptr, delta, token, is_token, head, column, HEADS, V)
-        values = advance(values, k, delta, total_ptr, channels_ptr, place, width, P, CHUNK, PARTS, ERASES, PRECISION)
+    if states_ptr is not None:
+        values = load_state(before_ptr, state, width, column, P, V)
+        for chunk in range(chunks):
+            token = start + chunk * CHUNK + tl.arange(0, CHUNK)
+            is_token = token < stop
+            place = (first_slot + chunk) * HEADS + head
+            narrow = values.to(k_ptr.dtype.element_ty)
+            store_state(states_ptr, narrow, place, width, column, P, V)
+            k = load_rows(k_ptr, token, is_token, key_head, width, KEY_HEADS, P)
+            delta = chunk_edits(
+                k, v_ptr, erase_ptr, beta_ptr, total_ptr, solved_ptr, narrow, token, is_token, head, place, width,
+                column, HEADS, ERASE_HEADS, P, V, CHUNK, PARTS, PRECISION,
+            )  # fmt: skip
+            if delta_ptr is not None:
+                store_rows(delta_ptr, delta, token, is_token, head, column, HEADS, V)
+            values = advance(
+                values, k, delta, total_ptr, channels_ptr, place, width, P, CHUNK, PARTS, ERASES, PRECISION
+            )

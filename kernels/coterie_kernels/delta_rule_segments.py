@@ -58,11 +58,12 @@ def through_segments(first: Tensor, factors: Tensor, own: Tensor, precision: str
         P=width,
         V=values,
         WIDTH=block,
+        DEPTH=min(block, 32),
         COLUMNS=16,
         DIAGONAL=factors.dim() == 3,
         BACKWARD=backward,
         PRECISION=precision,
-        num_warps=max(block // 32, 2),
+        num_warps=4,
         enable_fp_fusion=True,
     )
     return states
@@ -79,12 +80,16 @@ def segments_kernel(
     P: tl.constexpr,
     V: tl.constexpr,
     WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     DIAGONAL: tl.constexpr,
     BACKWARD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A few columns of one state of one sequence, from segment to segment: stored, then S ← F S + H."""
+    """A few columns of one state of one sequence, from segment to segment: stored, then S ← F S + H.
+
+    F is read a few columns at a time, and the rows of S that they meet are read back: all of F would not fit.
+    """
     TILES: tl.constexpr = tl.cdiv(V, COLUMNS)
     state = (tl.program_id(0) // TILES).to(tl.int64)
     sequence, head = state // HEADS, state % HEADS
@@ -94,12 +99,17 @@ def segments_kernel(
         segment = segments - 1 - step if BACKWARD else step
         place = (sequence * segments + segment) * HEADS + head
         store_state(states_ptr, values, place, width, column, P, V)
-        own = load_state(own_ptr, place, width, column, P, V)
         if DIAGONAL:
             factor = tl.load(factors_ptr + place * P + width, mask=width < P, other=0.0)
-            values = values * factor[:, None] + own
+            values = values * factor[:, None] + load_state(own_ptr, place, width, column, P, V)
         else:
-            factor = load_state(factors_ptr, place, width, width, P, P)
-            if BACKWARD:
-                factor = tl.trans(factor)
-            values = tl.dot(factor, values, own, input_precision=PRECISION)
+            tl.debug_barrier()  # other threads stored what is read
+            values = load_state(own_ptr, place, width, column, P, V)
+            for first in range(0, WIDTH, DEPTH):
+                inner = first + tl.arange(0, DEPTH)
+                if BACKWARD:
+                    factor = tl.trans(load_state(factors_ptr, place, inner, width, P, P))
+                else:
+                    factor = load_state(factors_ptr, place, width, inner, P, P)
+                rows = load_state(states_ptr, place, inner, column, P, V)
+                values = tl.dot(factor, rows, values, input_precision=PRECISION)

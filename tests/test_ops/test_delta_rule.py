@@ -126,6 +126,8 @@ def test_no_token_at_all(impl):
     assert o.shape == (2, 0, 2, 6)
     assert torch.equal(state, inputs[-1])
     assert delta_rule(*inputs[:3], return_state=False, impl=impl)[1] is None
+    o, state = op(*make_inputs(0, 9, 2, 2, 8, 6), impl=impl)
+    assert (o.shape, state.shape) == ((0, 9, 2, 6), (0, 2, 8, 6))
 
 
 def test_no_token_sees_a_later_one():

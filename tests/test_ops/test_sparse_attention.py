@@ -288,6 +288,54 @@ def test_no_query_sees_a_later_key(name):
         assert torch.equal(op(q, later_k, later_v, sink_logits, SETTINGS[name], "torch")[0][:, : t + 1], o[:, : t + 1])
 
 
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_packed_sequences_without_causality(impl):
+    q, k, v, _ = make_inputs(1)
+    got = sparse_attention(q, k, v, causal=False, cu_seqlens=torch.tensor([0, 30, 37]), impl=impl)
+    parts = [sparse_attention(*(t[:, at] for t in (q, k, v)), causal=False) for at in (slice(30), slice(30, 37))]
+    assert relative_error(got, torch.cat(parts, 1)) < 1e-6
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_no_gradient_is_nan_where_no_part_sees_anything(impl):
+    q, k, v, _ = make_inputs()
+    far = sparse_attention(
+        q, k, v, block_size=4, block_ids=torch.ones(2, 37, 2, 1, dtype=torch.int64), return_lse=True, impl=impl
+    )
+    near = sparse_attention(q, k, v, window=0, return_lse=True, impl=impl)
+    merged, lse = merge_by_lse([far, near])
+    assert torch.equal(lse[:, :4], torch.full_like(lse[:, :4], -torch.inf))
+    torch.testing.assert_close(merged, far[0])
+    grads = torch.autograd.grad(merged.sum() + lse[:, 4:].sum(), (q, k, v), retain_graph=True)
+    wanted = torch.autograd.grad(far[0].sum() + far[1][:, 4:].sum(), (q, k, v))
+    for a, b in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("length", [2, 6])
+def test_no_keys_and_ids_beyond_all_of_them(length, impl):
+    q, k, v, _ = make_inputs(length=length, num_keys=0)
+    o, lse = sparse_attention(q, k, v, causal=False, block_ids=make_ids(2, length, 2, 3, 1), return_lse=True, impl=impl)
+    assert (o == 0).all()
+    assert (lse == -torch.inf).all()
+    q, k, v, _ = make_inputs(length=length, num_keys=9)
+    far = torch.full((2, length, 2, 1), 2**58)
+    assert (sparse_attention(q, k, v, block_ids=far, impl=impl) == 0).all()
+    whole = sparse_attention(q, k, v, block_ids=torch.zeros_like(far), block_size=2**20, impl=impl)
+    assert relative_error(whole, sparse_attention(q, k, v, impl="reference")) < 1e-6
+
+
+def test_autocast_changes_nothing(monkeypatch):
+    monkeypatch.setattr(tiles, "multiply", torch.mm)  # as where torch's own is the fastest
+    inputs = make_inputs()
+    wanted = torch.autograd.grad(op(*inputs, SETTINGS["all of them"], "torch")[0].sum(), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(op(*inputs, SETTINGS["all of them"], "torch")[0].sum(), inputs)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_all_blocks_are_full_attention():
     q, k, v, _ = make_inputs()
     ids = torch.arange(10).expand(2, 37, 2, -1)

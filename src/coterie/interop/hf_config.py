@@ -182,8 +182,6 @@ def _says_nothing(config: TransformerConfig, name: str) -> bool:
         return "latent_attention" not in config.mixers
     if name.startswith("linear_"):
         return "linear_attention" not in config.mixers
-    if name == "attention_window":
-        return "window_attention" not in config.mixers
     if name == "shared_gate":
         return not config.shared_hidden_dim
     head_dim = config.dim // config.num_heads

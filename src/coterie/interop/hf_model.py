@@ -122,10 +122,10 @@ class _GenerationConfig(GenerationConfig):
 class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
     """`coterie.Transformer` as a causal language model of transformers.
 
-    Attention runs by torch's scaled_dot_product_attention and the experts by `coterie.expert_mlp`; transformers'
-    attention and experts implementations are not consulted. Weights start as `Transformer` draws them. A router's
-    selection bias is used, loaded and saved, but only a call of `TopKRouter.update_selection_bias` moves it:
-    transformers' Trainer balances by config.router_aux_loss_coef.
+    Mixers and experts are coterie's: transformers' attention and experts implementations are not consulted. Its
+    caches are: they keep all keys, those that are out of a "window_attention"'s window too. Weights start as
+    `Transformer` draws them. A router's selection bias is used, loaded and saved, but only a call of
+    `TopKRouter.update_selection_bias` moves it: transformers' Trainer balances by config.router_aux_loss_coef.
 
     Attributes:
         model: the `Transformer`; its state dict is this one's without "model.".

@@ -21,13 +21,14 @@ class CacheSnapshot:
     """
 
     length: int
-    layers: tuple[int | tuple[Tensor, ...], ...]
+    layers: tuple[int | tuple[Tensor | int | bool, ...], ...]
     counts: Tensor | None
 
     @property
     def nbytes(self) -> int:
         """Bytes copied."""
-        return sum(tensor.nbytes for layer in self.layers if isinstance(layer, tuple) for tensor in layer)
+        copies = (value for layer in self.layers if isinstance(layer, tuple) for value in layer)
+        return sum(value.nbytes for value in copies if isinstance(value, Tensor))
 
 
 class KVCache:

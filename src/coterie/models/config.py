@@ -53,7 +53,7 @@ class TransformerConfig:
         linear_num_edits: a token's edits of the state under the rule "delta_product"; None: 2.
         linear_negative_eigenvalues: edits may turn a direction of the state round, under rules that erase.
         qk_norm: RMSNorm on queries and keys, "head" by head (qwen3) or over "all" heads side by side (olmoe); None:
-            none. Of "attention" alone, as num_kv_heads is.
+            none. Of "attention" and "window_attention" alone, as num_kv_heads is.
         qkv_bias: biases on the attention's projections of queries, keys and values; of "latent_attention", on those
             that compress.
         output_bias: a bias on the attention's output projection.
@@ -210,14 +210,18 @@ class TransformerConfig:
         if not {"attention", "window_attention"} & {*self.mixers}:
             if self.num_kv_heads not in (None, self.num_heads):
                 raise ValueError(
-                    f"num_kv_heads must be None or num_heads = {self.num_heads} where no mixer is 'attention', "
-                    f"got {self.num_kv_heads}"
+                    f"num_kv_heads must be None or num_heads = {self.num_heads} where no mixer is 'attention' or "
+                    f"'window_attention', got {self.num_kv_heads}"
                 )
             if self.qk_norm is not None:
-                raise ValueError(f"qk_norm must be None where no mixer is 'attention', got {self.qk_norm!r}")
+                raise ValueError(
+                    f"qk_norm must be None where no mixer is 'attention' or 'window_attention', got {self.qk_norm!r}"
+                )
             for name in ("attention_output_gate", "attention_sink_logits"):
                 if getattr(self, name):
-                    raise ValueError(f"{name} must be False where no mixer is 'attention', got True")
+                    raise ValueError(
+                        f"{name} must be False where no mixer is 'attention' or 'window_attention', got True"
+                    )
 
     def _check_linear(self) -> None:
         if self.linear_rule not in RULES:

@@ -390,14 +390,12 @@ class WindowCache:
         self.values[:, :, -kept:] = values[:, :, -kept:]
         self.is_token[:, -kept:] = mask[:, -kept:]
 
-    def snapshot(self) -> tuple[Tensor, ...]:
+    def snapshot(self) -> tuple[Tensor | int | bool, ...]:
         """Copies of all that is kept, for `rollback`."""
-        counted = torch.tensor([self.length, self._has_padding])
-        return self.keys.clone(), self.values.clone(), self.is_token.clone(), counted
+        return self.keys.clone(), self.values.clone(), self.is_token.clone(), self.length, self._has_padding
 
-    def rollback(self, snapshot: tuple[Tensor, ...]) -> None:
+    def rollback(self, snapshot: tuple[Tensor | int | bool, ...]) -> None:
         """Be as at the snapshot again."""
-        for own, then in zip((self.keys, self.values, self.is_token), snapshot, strict=False):
+        *tensors, self.length, self._has_padding = snapshot
+        for own, then in zip((self.keys, self.values, self.is_token), tensors, strict=True):
             own.copy_(then)
-        length, has_padding = snapshot[3].tolist()
-        self.length, self._has_padding = length, bool(has_padding)

@@ -149,7 +149,7 @@ def make_plan(bounds: Sequence[tuple[int, int]], chunk: int, device: torch.devic
     active = counts > step  # [steps, sequences]
     index = (starts + step * chunk)[active][:, None] + torch.arange(chunk)
     index = index.masked_fill(index >= stops.expand_as(active)[active][:, None], -1)
-    length = bounds[0][1] if list(bounds) == _side_by_side(len(bounds), bounds[0][1]) else None
+    length = bounds[0][1] if bounds and list(bounds) == _side_by_side(len(bounds), bounds[0][1]) else None
     return Plan(index.to(device), (index[:, -1] < 0).tolist(), active.sum(1).tolist(), order.to(device), length)
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coterie.ops._autocast import no_autocast
 from coterie.ops._products import by_onednn, multiply
 
 _SCORES = 2**20  # of a tile, at most
@@ -274,23 +275,8 @@ def _forward_op(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    sweep = _Sweep(q, k, v, block_ids, Seen(window, sinks, block_size, causal, scale, softcap))
-    largest = sweep.largest(sink_logits)
-    o = sweep.q.new_zeros(*sweep.q.shape[:3], v.shape[3])
-    total = sweep.q.new_zeros(sweep.q.shape[:3])
-    if sink_logits is not None:
-        sink = sweep.sinks(sink_logits)
-        total += (sink if largest is None else sink - largest).exp_()
-    for tile in sweep.plan:
-        weights = sweep.scores(tile)
-        if largest is not None:
-            weights.sub_(take(largest, tile).unsqueeze(-1))
-        weights.exp_()
-        add(total, tile, weights.sum(-1))
-        add(o, tile, sweep.multiply(weights, sweep.v[tile.unit, tile.keys]))
-    o.div_(total.unsqueeze(-1).masked_fill(total.unsqueeze(-1) == 0, 1))
-    lse = total.log_() if largest is None else total.log_().add_(largest)
-    return sweep.by_head(o, v), sweep.by_head(lse, lse)
+    with no_autocast(q.device.type):
+        return _forward(q, k, v, block_ids, sink_logits, Seen(window, sinks, block_size, causal, scale, softcap))
 
 
 @torch.library.custom_op("coterie::sparse_attention_backward", mutates_args=())
@@ -312,16 +298,56 @@ def _backward_op(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to q, k, v and sink_logits (empty for None)."""
-    sweep = _Sweep(q, k, v, block_ids, Seen(window, sinks, block_size, causal, scale, softcap))
+    seen = Seen(window, sinks, block_size, causal, scale, softcap)
+    with no_autocast(q.device.type):
+        return _gradients(grad, grad_lse, q, k, v, block_ids, sink_logits, o, lse, seen)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor | None, sink_logits: Tensor | None, seen: Seen
+) -> tuple[Tensor, Tensor]:
+    sweep = _Sweep(q, k, v, block_ids, seen)
+    largest = sweep.largest(sink_logits)
+    o = sweep.q.new_zeros(*sweep.q.shape[:3], v.shape[3])
+    total = sweep.q.new_zeros(sweep.q.shape[:3])
+    if sink_logits is not None:
+        sink = sweep.sinks(sink_logits)
+        total += (sink if largest is None else sink - largest).exp_()
+    for tile in sweep.plan:
+        weights = sweep.scores(tile)
+        if largest is not None:
+            weights.sub_(take(largest, tile).unsqueeze(-1))
+        weights.exp_()
+        add(total, tile, weights.sum(-1))
+        add(o, tile, sweep.multiply(weights, sweep.v[tile.unit, tile.keys]))
+    o.div_(total.unsqueeze(-1).masked_fill(total.unsqueeze(-1) == 0, 1))
+    lse = total.log_() if largest is None else total.log_().add_(largest)
+    return sweep.by_head(o, v), sweep.by_head(lse, lse)
+
+
+def _gradients(
+    grad: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_ids: Tensor | None,
+    sink_logits: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    seen: Seen,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sweep = _Sweep(q, k, v, block_ids, seen)
     dtype = sweep.q.dtype
     grad = grad.to(dtype)
+    grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0)  # where nothing is seen, NaN as it may be
     delta = sweep.by_unit((grad * o.to(dtype)).sum(-1) - grad_lse)  # what every score's gradient has taken off
     grad, lse = sweep.by_unit(grad), sweep.by_unit(lse)
     lse = lse.masked_fill(lse == -torch.inf, 0)
     grad_q, grad_k, grad_v = (torch.zeros_like(t) for t in (sweep.q, sweep.k, sweep.v))
     for tile in sweep.plan:
         weights = sweep.scores(tile)
-        slope = None if softcap is None else (weights / softcap).square_().neg_().add_(1).nan_to_num_(0, 0, 0)
+        slope = None if seen.softcap is None else (weights / seen.softcap).square_().neg_().add_(1).nan_to_num_(0, 0, 0)
         weights.sub_(take(lse, tile).unsqueeze(-1)).exp_()
         grads, keys = take(grad, tile), (tile.unit, tile.keys)
         grad_v[keys].addmm_(weights.mT, grads)
@@ -338,7 +364,7 @@ def _backward_op(
         t.unflatten(0, (-1, sweep.groups)).transpose(1, 2).to(like.dtype).contiguous()
         for t, like in ((grad_k, k), (grad_v, v))
     )
-    return sweep.by_head(grad_q.mul_(scale), q), grad_k, grad_v, grad_sinks
+    return sweep.by_head(grad_q.mul_(seen.scale), q), grad_k, grad_v, grad_sinks
 
 
 @_forward_op.register_fake

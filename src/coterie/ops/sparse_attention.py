@@ -56,6 +56,7 @@ def sparse_attention(
         softcap: c, scores become c · tanh(score / c) (Gemma 2).
         cu_seqlens: [number of sequences + 1] int64, the bounds of sequences packed into L = Lk; B must be 1.
         token_mask: [B, Lk] bool; False is padding, whatever it contains: seen by nobody, and 0 as a query's output.
+            With it, and with block_ids, an accelerator is waited for; and a mask cannot be traced into one graph.
         return_lse: whether log Z is wanted, to merge outputs over sets of keys without a common one: `merge_by_lse`.
         impl: "reference" (all scores at once, any dtype, twice differentiable) | "torch" (time and memory grow with
             what is seen, not with L · Lk). None: torch.
@@ -74,6 +75,7 @@ def sparse_attention(
     batch, length, heads, width = q.shape
     if block_ids is not None and block_ids.shape[1] != length:
         block_ids = block_ids.repeat_interleave(block_size, 1)[:, :length]
+    block_size = min(block_size, max(k.shape[1], 1))  # as well as a larger one
     if window is None:
         window = 0 if block_ids is not None else k.shape[1]
     seen = tiles.Seen(window, sinks, block_size, causal, width**-0.5 if scale is None else float(scale), softcap)
@@ -83,14 +85,19 @@ def sparse_attention(
         if sequences is None:
             o, lse = attend(q, k, v, block_ids, sink_logits, seen)
         else:
-            o = v.new_zeros(batch, length, heads, v.shape[3])
-            lse = torch.full((batch, length, heads), -torch.inf, dtype=_wide(q), device=q.device)
+            parts = []
             for row, queries, keys in sequences:
                 own_q, own_k, own_v = (t[row, at].unsqueeze(0) for t, at in ((q, queries), (k, keys), (v, keys)))
                 ids = None if block_ids is None else block_ids[row, queries].unsqueeze(0)
-                part = attend(own_q, own_k, own_v, ids, sink_logits, seen)
-                place = torch.full_like(queries, row), queries
-                o, lse = (t.index_put(place, own[0]) for t, own in zip((o, lse), part, strict=True))
+                parts.append(attend(own_q, own_k, own_v, ids, sink_logits, seen))
+            place = torch.cat([row * length + queries for row, queries, _ in sequences])
+            nothing = (0.0, v.dtype, v.shape[3:]), (-torch.inf, _wide(q), ())
+            o, lse = (
+                torch.full((batch * length, heads, *last), fill, dtype=dtype, device=q.device)
+                .index_copy(0, place, torch.cat(part, 1)[0])
+                .unflatten(0, (batch, length))
+                for (fill, dtype, last), part in zip(nothing, zip(*parts, strict=True), strict=True)
+            )
     return (o, lse) if return_lse else o
 
 
@@ -104,9 +111,14 @@ def merge_by_lse(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         The same of all keys: o = Σ o · exp(log Z − log Σ Z).
     """
     lse = torch.stack([part for _, part in parts])
-    total = lse.logsumexp(0)
-    shares = (lse - total.masked_fill(total == -torch.inf, 0)).exp()
-    return sum(o * share.unsqueeze(-1).to(o.dtype) for (o, _), share in zip(parts, shares, strict=True)), total
+    largest = lse.detach().amax(0)
+    largest = largest.masked_fill(largest == -torch.inf, 0)
+    shares = (lse - largest).exp()  # of e^largest
+    total = shares.sum(0)
+    sees = total > 0
+    total = total.masked_fill(~sees, 1)  # of nothing: no NaN in a gradient
+    merged = sum(o * share.unsqueeze(-1) for (o, _), share in zip(parts, shares / total, strict=True))
+    return merged.to(parts[0][0].dtype), (total.log() + largest).masked_fill(~sees, -torch.inf)
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -128,7 +140,10 @@ def _sequences(
             else:
                 keys = token_mask[row, start:stop].nonzero().squeeze(-1) + start
             first_query = num_keys - length
-            queries = keys[keys >= first_query] - first_query if causal else torch.arange(length, device=device)
+            if causal or cu_seqlens is not None:
+                queries = keys[keys >= first_query] - first_query
+            else:
+                queries = torch.arange(length, device=device)
             found.append((row, queries, keys))
     return found
 
@@ -169,7 +184,7 @@ def _dense(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor | None, sink_logits: Tensor | None, seen: tiles.Seen
 ) -> tuple[Tensor, Tensor]:
-    if 0 < q.shape[1] <= _FEW_QUERIES:
+    if 0 < q.shape[1] <= _FEW_QUERIES and k.shape[1]:
         return _gathered(q, k, v, block_ids, sink_logits, seen)
     return tiles.attend(q, k, v, block_ids, sink_logits, seen)
 
@@ -211,7 +226,7 @@ def _gathered(
 
 def _selected_keys(block_ids: Tensor, seen: tiles.Seen, end: int) -> tuple[Tensor, Tensor]:
     """The keys before `end` of blocks [B, G, S], and which of them are not to be seen: both [B, G, S · block size]."""
-    ids = block_ids.sort(-1).values
+    ids = block_ids.clamp(-1, -(-end // seen.block_size)).sort(-1).values
     repeated = F.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
     keys = ids.unsqueeze(-1) * seen.block_size + torch.arange(seen.block_size, device=ids.device)
     hidden = ((keys < seen.sinks) | (keys >= end) | repeated.unsqueeze(-1)).flatten(2)

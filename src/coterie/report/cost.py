@@ -23,8 +23,8 @@ from coterie.modules.router import TopKRouter
 from coterie.report.table import format_table, human_bytes, human_count
 
 # At which `format_cost` says how much of a cache is state.
-_OF_ONE_SIZE = ("linear_attention", "window_attention")  # mixers whose cache does not grow with the length
 _CACHE_LENGTHS = (1024, 4096, 65536)
+_OF_ONE_SIZE = ("linear_attention", "window_attention")  # mixers whose cache does not grow with the length
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class LayerCost:
         params: parameters. A tied head has none of its own but the norm's.
         active_params: those that act on a token: all but the experts it is not routed to.
         flops: per token, 2 · multiply-adds of the forward pass's matrix products, as the mean over a causal sequence
-            of the given length: a token attends to (L + 1) / 2 others on average, and linear attention edits and reads
-            its state once, as it does token by token. Norms, softmax, activations and the embedding's lookup are not
-            counted.
+            of the given length: a token attends to (L + 1) / 2 on average, fewer in a window, and linear attention
+            edits and reads its state once, as it does token by token. Norms, softmax, activations and the embedding's
+            lookup are not counted.
         weight_bytes: read per token when one sequence is decoded; of the embedding one row, of a tied head all of it.
         cache_bytes: that one more token adds to the cache.
         state_bytes: that a sequence takes in the cache whatever its length: linear attention's state and the tokens its
-            convolution has still to see.
+            convolution has still to see, and a window's keys and values.
         saved_bytes: kept for backward per token of the training forward, without the loss; parameters, and buffers
             of the model, are not counted, and what several operations share is counted once, where it is first kept.
     """
@@ -84,8 +84,8 @@ class ModelCost:
         length: tokens per sequence, L.
         dtype: of parameters, cache and activations, as "float32".
         break_even: of the model's MoE layers, or None if there are none.
-        full_attention_cache_bytes: what one more token would add to the cache if every linear attention were full
-            attention; total.cache_bytes if there is none.
+        full_attention_cache_bytes: what one more token would add to the cache if every linear and every window
+            attention were full attention; total.cache_bytes if there is none.
     """
 
     layers: tuple[LayerCost, ...]
