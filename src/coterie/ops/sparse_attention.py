@@ -238,7 +238,8 @@ def _rows(t: Tensor, where: slice | Tensor) -> Tensor:
     """[B, G, Lk, P] → those keys, [B, G, n, P]."""
     if isinstance(where, slice):
         return t[:, :, where]
-    return t.gather(2, where.unsqueeze(-1).expand(-1, -1, -1, t.shape[3]))
+    row, group = (torch.arange(size, device=t.device) for size in t.shape[:2])
+    return t[row.view(-1, 1, 1), group.view(-1, 1), where]
 
 
 def _check(q, k, v, window, sinks, block_ids, block_size, sink_logits, causal, softcap, cu_seqlens, token_mask) -> None:
