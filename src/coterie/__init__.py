@@ -35,6 +35,7 @@ from coterie.ops import (
     grouped_matmul,
     route_topk,
     selection_bias_update,
+    sparse_attention,
     z_loss,
 )
 
@@ -66,6 +67,7 @@ __all__ = [
     "preset",
     "route_topk",
     "selection_bias_update",
+    "sparse_attention",
     "unpack",
     "z_loss",
 ]
