@@ -326,6 +326,13 @@ def test_no_keys_and_ids_beyond_all_of_them(length, impl):
     assert relative_error(whole, sparse_attention(q, k, v, impl="reference")) < 1e-6
 
 
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_no_sequence_at_all(impl):
+    q, k, v, _ = make_inputs(0)
+    mask = torch.ones(0, 37, dtype=torch.bool)
+    assert sparse_attention(q, k, v, window=3, token_mask=mask, impl=impl).shape == (0, 37, 4, 6)
+
+
 def test_autocast_changes_nothing(monkeypatch):
     monkeypatch.setattr(tiles, "multiply", torch.mm)  # as where torch's own is the fastest
     inputs = make_inputs()

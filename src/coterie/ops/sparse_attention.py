@@ -82,7 +82,7 @@ def sparse_attention(
     sequences = _sequences(batch, length, k.shape[1], causal, cu_seqlens, token_mask)
     attend = _dense if impl == "reference" else _attend
     with no_autocast(q.device.type):
-        if sequences is None:
+        if not sequences:
             o, lse = attend(q, k, v, block_ids, sink_logits, seen)
         else:
             parts = []
