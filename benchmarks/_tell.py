@@ -3,16 +3,19 @@
 import json
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 import _bench
-from _bench import Result
+from _bench import Case, Options, Result
 from coterie import __version__
 from coterie.report import format_table, human_bytes, save_figure
 from coterie.training import resolve_precision, write_atomically
@@ -129,6 +132,44 @@ def _draw_bars(axes, results: Mapping[str, Result], colours: Mapping[str, str]) 
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="both", length=0, labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def measure_cases(
+    name: str,
+    cases: Sequence[tuple[str, int, str]],
+    make_case: Callable[[str, int, str, Options], Case],
+    bars: Callable[[Sequence[Result]], list[dict]],
+    draw: Callable[[Sequence[Result], Mapping], "Figure"],
+    options: Options,
+) -> int:
+    """Measures cases (kind, length, dtype) one after another and tells of each; then the bars, and the picture.
+
+    The JSON is written after every case. Returns the exit code: 0 also when a bar is missed, 1 for a wrong result.
+    """
+    facts, results = machine(options.device), []
+    print(format_machine(facts) + "\n")
+    path = options.out / f"{name}.json"
+    try:
+        with tqdm(cases, unit="case", disable=None) as progress:
+            for arguments in progress:
+                case = make_case(*arguments, options)
+                say = partial(_say, progress, case.title)
+                results.append(_bench.measure(case, options, say=say))
+                tqdm.write(format_result(results[-1], {}))
+                content = {"benchmark": name, "machine": facts, "seed": options.seed}
+                content |= {"cases": [result.to_dict() for result in results], "bars": bars(results)}
+                write_json(path, content)
+    except _bench.WrongResult as error:
+        print(f"bench_{name}: wrong result: {error}", file=sys.stderr)
+        return 1
+    print(format_bars(bars(results), ("L", "dtype", "kind")))
+    print(f"\n{path}")
+    print(write_chart(path.with_suffix(".png"), lambda: draw(results, facts)))
+    return 0
+
+
+def _say(progress: tqdm, title: str, text: str) -> None:
+    progress.set_description(f"{title}: {text}")
 
 
 def format_bars(found: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:

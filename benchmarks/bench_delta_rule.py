@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from tyro.conf import arg
 
 import _bench
@@ -92,30 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for length in (lengths if kind != LINEAR else (max(lengths),))
         if kind != LINEAR or length > PART
     ]
-    facts = _tell.machine(options.device)
-    print(_tell.format_machine(facts) + "\n")
-    results: list[Result] = []
-    try:
-        with tqdm(cases, unit="case", disable=None) as bar:
-            for kind, length, dtype in bar:
-                case = make_case(kind, length, dtype, options)
-                say = partial(_say, bar, case.title)
-                results.append(_bench.measure(case, options, say=say))
-                tqdm.write(_tell.format_result(results[-1], {}))
-                content = {"benchmark": "delta_rule", "machine": facts, "seed": options.seed}
-                content |= {"cases": [result.to_dict() for result in results], "bars": bars(results)}
-                _tell.write_json(options.out / "delta_rule.json", content)
-    except _bench.WrongResult as error:
-        print(f"bench_delta_rule: wrong result: {error}", file=sys.stderr)
-        return 1
-    print(_tell.format_bars(bars(results), ("L", "dtype", "kind")))
-    print(f"\n{options.out / 'delta_rule.json'}")
-    print(_tell.write_chart(options.out / "delta_rule.png", lambda: draw(results, facts)))
-    return 0
-
-
-def _say(bar: tqdm, title: str, text: str) -> None:
-    bar.set_description(f"{title}: {text}")
+    return _tell.measure_cases("delta_rule", cases, make_case, bars, draw, options)
 
 
 # --- contenders ---

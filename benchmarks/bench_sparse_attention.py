@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from tyro.conf import arg
 
 import _bench
@@ -86,26 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lengths = options.length or ((1024, 4096) if options.quick else LENGTHS)
     kinds = options.kinds or (FORWARD, BOTH, DECODE)
     cases = [(kind, length, dtype) for dtype in options.dtypes for kind in kinds for length in lengths]
-    facts = _tell.machine(options.device)
-    print(_tell.format_machine(facts) + "\n")
-    results: list[Result] = []
-    try:
-        with tqdm(cases, unit="case", disable=None) as bar:
-            for kind, length, dtype in bar:
-                case = make_case(kind, length, dtype, options)
-                say = partial(lambda text, title: bar.set_description(f"{title}: {text}"), title=case.title)
-                results.append(_bench.measure(case, options, say=say))
-                tqdm.write(_tell.format_result(results[-1], {}))
-                content = {"benchmark": "sparse_attention", "machine": facts, "seed": options.seed}
-                content |= {"cases": [result.to_dict() for result in results], "bars": bars(results)}
-                _tell.write_json(options.out / "sparse_attention.json", content)
-    except _bench.WrongResult as error:
-        print(f"bench_sparse_attention: wrong result: {error}", file=sys.stderr)
-        return 1
-    print(_tell.format_bars(bars(results), ("L", "dtype", "kind")))
-    print(f"\n{options.out / 'sparse_attention.json'}")
-    print(_tell.write_chart(options.out / "sparse_attention.png", lambda: draw(results, facts)))
-    return 0
+    return _tell.measure_cases("sparse_attention", cases, make_case, bars, draw, options)
 
 
 # --- contenders ---

@@ -18,7 +18,7 @@ from coterie.ops._autocast import no_autocast
 from coterie.ops._products import by_onednn, multiply
 
 _SCORES = 2**20  # of a tile, at most
-_ROWS_MULTIPLE = 128
+_ROWS_MULTIPLE = 128  # rows of a tile of selected queries, with padding, where oneDNN multiplies
 _KEYS = 128  # of a tile of the window
 _SAFE = 40.0  # exp of scores within ± this is exact enough, and sums do not overflow
 
@@ -369,9 +369,8 @@ def _gradients(
 
 @_forward_op.register_fake
 def _(q, k, v, block_ids, sink_logits, *settings):
-    return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(
-        q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)
-    )
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return v.new_empty(*q.shape[:3], v.shape[3]), lse
 
 
 @_backward_op.register_fake
