@@ -31,6 +31,9 @@ def _feed_forward_parameters(config: TransformerConfig) -> tuple[int, int]:
         ("mini", (0.95e9, 1.05e9), (140e6, 160e6)),
         ("tiny-hybrid", (1e6, 12e6), (0.3e6, 3e6)),
         ("mini-hybrid", (0.95e9, 1.05e9), (140e6, 180e6)),
+        ("tiny-long", (12e6, 15e6), (1e6, 3e6)),
+        ("mini-long", (0.95e9, 1.05e9), (140e6, 180e6)),
+        ("full-long", (4.0e9, 4.2e9), (0.8e9, 0.85e9)),
     ],
 )
 def test_parameters(name, total, active):
@@ -52,7 +55,7 @@ def test_a_hybrid_differs_in_its_mixers_alone(name):
 
 
 def test_an_unknown_preset_is_named_with_the_known():
-    with pytest.raises(ValueError, match="'tiny', 'nano', 'mini', 'tiny-hybrid', 'mini-hybrid', got 'huge'"):
+    with pytest.raises(ValueError, match="'tiny', 'nano', 'mini', 'tiny-hybrid', 'mini-hybrid', 'tiny-long', .* got 'huge'"):
         preset("huge")
 
 

@@ -6,6 +6,8 @@ from coterie.models.config import TransformerConfig
 
 # Three layers of linear attention (the gated delta rule) to one of full attention, as in Qwen3-Next and Kimi Linear.
 _HYBRID = ("linear_attention",) * 3 + ("attention",)
+# Of eight layers six are linear attention, one sees a window and the blocks it chooses, one sees all.
+_LONG = (*_HYBRID[:3], "sparse_attention", *_HYBRID)
 
 PRESETS: dict[str, TransformerConfig] = {
     # Bytes, and minutes on a laptop's two cores: the demo.
@@ -49,6 +51,38 @@ PRESETS: dict[str, TransformerConfig] = {
     ),
 }
 PRESETS |= {f"{name}-hybrid": replace(PRESETS[name], mixers=_HYBRID) for name in ("tiny", "mini")}
+PRESETS |= {
+    # Contexts of 65,536 tokens: few heads of keys, for the one layer in eight that keeps and reads them all.
+    "tiny-long": replace(
+        PRESETS["tiny"],
+        num_layers=8,
+        mixers=_LONG,
+        num_heads=4,
+        num_kv_heads=1,
+        linear_num_heads=2,
+        linear_head_dim=64,
+        rope_theta=1e6,
+        max_length=65536,
+    ),
+    "mini-long": replace(PRESETS["mini"], mixers=_LONG, num_kv_heads=2, rope_theta=1e6, max_length=65536),
+    # 4.1 B parameters, 0.8 B active, contexts of 262,144: for those who have many GPUs.
+    "full-long": TransformerConfig(
+        vocab_size=65536,
+        dim=1536,
+        num_layers=32,
+        num_heads=12,
+        num_kv_heads=2,
+        head_dim=128,
+        mixers=_LONG,
+        num_experts=64,
+        top_k=6,
+        expert_hidden_dim=384,
+        shared_hidden_dim=384,
+        qk_norm="head",
+        rope_theta=1e7,
+        max_length=262144,
+    ),
+}
 
 
 def preset(name: str) -> TransformerConfig:
