@@ -54,8 +54,8 @@ class Train:
     """Train a sparse model on text, alone or beside its dense twin, and report what it cost and what it reached."""
 
     preset: Annotated[str | None, *_optional(str, "NAME", "tiny")] = None
-    """The model: tiny, nano, mini, tiny-hybrid, mini-hybrid, tiny-long, mini-long or full-long, or the path of a config.json; its vocabulary becomes the
-    256 bytes."""
+    """The model: tiny, nano, mini, tiny-hybrid, mini-hybrid, tiny-long, mini-long or full-long, or the path of a
+    config.json; its vocabulary becomes the 256 bytes."""
     compare: Annotated[str | None, *_optional(str, "", "none", ("dense", "dense-params"))] = None
     """Train a dense twin too, in turns on the same batches: one that spends as many FLOPs per token (dense), or
     one that has as many parameters (dense-params)."""
@@ -138,7 +138,8 @@ class Inspect:
     """Show what a model costs, layer by layer: parameters, FLOPs, bytes read, cached and kept for backward."""
 
     model: Annotated[Positional[str], arg(metavar="PRESET|RUN", help_behavior_hint="")]
-    """tiny, nano, mini, tiny-hybrid, mini-hybrid, tiny-long, mini-long or full-long, the path of a config.json, or the folder of a run."""
+    """tiny, nano, mini, tiny-hybrid, mini-hybrid, tiny-long, mini-long or full-long, the path of a config.json, or the
+    folder of a run."""
     length: Annotated[int | None, *_optional(int, "INT", "the model's longest")] = None
     """Tokens per sequence."""
     dtype: Annotated[str | None, *_optional(str, "", "float32", ("float32", "bfloat16"))] = None
@@ -152,7 +153,8 @@ class Tune:
     """Measure the Triton kernels' tile sizes for a model's experts on this GPU, and write the fastest to a file."""
 
     model: Annotated[Positional[str], arg(metavar="PRESET|RUN", help_behavior_hint="")]
-    """tiny, nano, mini, tiny-hybrid, mini-hybrid, tiny-long, mini-long or full-long, the path of a config.json, or the folder of a run."""
+    """tiny, nano, mini, tiny-hybrid, mini-hybrid, tiny-long, mini-long or full-long, the path of a config.json, or the
+    folder of a run."""
     dtype: Annotated[str | None, *_optional(str, "", "bfloat16", ("float16", "bfloat16", "float32"))] = None
     """Of parameters and activations."""
     out: Annotated[str | None, *_optional(str, "FILE", "tiles.json")] = None

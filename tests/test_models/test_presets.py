@@ -63,7 +63,7 @@ def test_an_unknown_preset_is_named_with_the_known():
 @pytest.mark.parametrize("shared", [0, 64])
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 def test_dense_twin_has_equal_feed_forwards(name, shared, activation):
-    config = replace(preset(name), num_layers=4, shared_hidden_dim=shared, activation=activation)
+    config = replace(preset(name), num_layers=8, shared_hidden_dim=shared, activation=activation)
     total, active = _feed_forward_parameters(config)
     router = config.num_layers * config.num_experts * config.dim
     # Parameters of a feed-forward are its multiplications a token: equal active FLOPs is equal active parameters.
