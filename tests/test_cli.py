@@ -424,7 +424,8 @@ def test_inspect_a_run_shows_all_its_models(compared, capsys):
         ),
         (
             "train --preset huge",
-            "coterie train: --preset huge: must be tiny, nano, mini, tiny-hybrid, mini-hybrid, tiny-long, mini-long, full-long, or the path of a "
+            "coterie train: --preset huge: must be tiny, nano, mini, tiny-hybrid, mini-hybrid, tiny-long, mini-long, "
+            "full-long, or the path of a "
             "config.json",
         ),
         ("train --preset no.json", "coterie train: no file no.json"),
@@ -437,7 +438,8 @@ def test_inspect_a_run_shows_all_its_models(compared, capsys):
         ("generate . --prompt a", "coterie generate: . holds no model yet: no config.json in it or in a folder of it"),
         (
             "inspect nowhere",
-            "coterie inspect: nowhere is neither a preset (tiny, nano, mini, tiny-hybrid, mini-hybrid, tiny-long, mini-long, full-long) nor ",
+            "coterie inspect: nowhere is neither a preset (tiny, nano, mini, tiny-hybrid, mini-hybrid, tiny-long, "
+            "mini-long, full-long) nor ",
         ),
         (
             f"generate . --prompt a --max-new-tokens {10**24}",

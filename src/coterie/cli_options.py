@@ -55,7 +55,7 @@ class Train:
 
     preset: Annotated[str | None, *_optional(str, "NAME", "tiny")] = None
     """The model: tiny, nano, mini, tiny-hybrid, mini-hybrid, tiny-long, mini-long or full-long, or the path of a
-    config.json; its vocabulary becomes the 256 bytes."""
+    config.json; its vocabulary: the 256 bytes."""
     compare: Annotated[str | None, *_optional(str, "", "none", ("dense", "dense-params"))] = None
     """Train a dense twin too, in turns on the same batches: one that spends as many FLOPs per token (dense), or
     one that has as many parameters (dense-params)."""
