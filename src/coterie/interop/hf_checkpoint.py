@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from coterie.interop._exported import optional
 from coterie.interop.hf_config import config_from_hf, config_to_hf, differences, family_of, fitting
-from coterie.interop.hf_families import FAMILIES, Family
+from coterie.interop.hf_families import FAMILIES, Family, Stored
 from coterie.models.config import TransformerConfig
 from coterie.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, write_atomically
 from coterie.models.transformer import Transformer
@@ -40,28 +40,40 @@ _HEAD = "lm_head.weight"
 class _Place(NamedTuple):
     """Where a weight of a checkpoint stands in a coterie model: `state_dict()[name][index]`.
 
-    Where there are several names, its rows are theirs in turn, group by group.
+    Where there are several names, its rows are theirs in turn, group by group; `transposed` and `in_turns` are as in
+    `Stored`.
     """
 
     names: tuple[str, ...]
     index: tuple[int | slice, ...] = ()
     groups: int = 1
+    transposed: bool = False
+    in_turns: bool = False
 
     def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weight; a view where it stands in one tensor."""
-        if len(self.names) == 1:
-            return tensors[self.names[0]][self.index]
-        return torch.cat(self._grouped(tensors), 1).flatten(0, 1)
+        """The weight; a view where it stands in one tensor, and not in turns."""
+        if len(self.names) > 1:
+            return torch.cat(self._grouped(tensors), 1).flatten(0, 1)
+        view = self._view(tensors)
+        return view.flatten(-2) if self.in_turns else view
 
     def fill(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
         """Copy a weight there."""
         if len(self.names) == 1:
-            self.of(tensors).copy_(weight)
+            view = self._view(tensors)
+            view.copy_(weight.view(view.shape))
             return
         parts = self._grouped(tensors)
         rows = weight.unflatten(0, (self.groups, -1)).split([part.shape[1] for part in parts], 1)
         for part, own in zip(parts, rows, strict=True):
             part.copy_(own)
+
+    def _view(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The part of the one tensor, in the weight's order; [.., 2] of gate and up behind where they are in turns."""
+        own = tensors[self.names[0]][self.index]
+        if self.transposed:
+            own = own.mT
+        return own.unflatten(-1, (2, -1)).mT if self.in_turns else own
 
     def _grouped(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         return [tensors[name].unflatten(0, (self.groups, -1)) for name in self.names]
@@ -281,7 +293,7 @@ def _on_disk_names(model: "PreTrainedModel") -> Mapping[str, Tensor]:
 def _places(
     tensors: Mapping[str, Tensor],
     config: TransformerConfig,
-    table: Mapping[str, str | tuple[str, ...]],
+    table: Mapping[str, str | tuple[str, ...] | Stored],
     linear: Mapping[str | tuple[str, ...], str],
 ) -> Iterator[tuple[str, _Place]]:
     """(their name, its place) of all weights that a table knows; of linear attention, the table of that name."""
@@ -298,7 +310,12 @@ def _places(
             continue
         if part not in table:
             continue
-        templates = (table[part],) if isinstance(table[part], str) else table[part]
+        stored = table[part]
+        if isinstance(stored, Stored):
+            place = _Place((ours,), transposed=stored.transposed, in_turns=stored.in_turns)
+            yield prefix + stored.name, place
+            continue
+        templates = (stored,) if isinstance(stored, str) else stored
         for expert in range(len(tensor)) if "{e}" in templates[0] else (None,):
             above: tuple[int, ...] = () if expert is None else (expert,)
             height = tensor.shape[len(above)] // len(templates)

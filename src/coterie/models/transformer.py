@@ -54,6 +54,7 @@ class TransformerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.residual_scale = config.residual_scale
+        self.rotary = config.layer_rotary[index]
         place = {"device": device, "dtype": dtype}
         self.mixer_norm = _norm(config, **place)
         self.mixer: Attention | LatentAttention | LinearAttention
@@ -83,7 +84,8 @@ class TransformerLayer(nn.Module):
         cache_layer: AttentionCache | WindowCache | LinearAttentionCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """[B, L, D] → ([B, L, D], the routing of a MoE or None)."""
-        y = self.mixer(self.mixer_norm(x), rotary, token_mask=token_mask, cache_layer=cache_layer)
+        turn = rotary if self.rotary else None
+        y = self.mixer(self.mixer_norm(x), turn, token_mask=token_mask, cache_layer=cache_layer)
         x = x + _scaled(y, self.residual_scale)
         h, routing = self.feed_forward_norm(x), None
         if isinstance(self.feed_forward, MoE):
@@ -310,6 +312,7 @@ def _moe(config: TransformerConfig, **place) -> MoE:
         num_groups=config.router_groups,
         top_groups=config.router_top_groups,
         group_score=config.router_group_score,
+        bias=config.router_bias,
         selection_bias=config.selection_bias,
         **place,
     )
@@ -319,6 +322,7 @@ def _moe(config: TransformerConfig, **place) -> MoE:
         config.num_experts,
         config.top_k,
         activation=config.activation,
+        bias=config.expert_bias,
         shared_hidden_dim=config.shared_hidden_dim,
         shared_gate=config.shared_gate,
         router=router,

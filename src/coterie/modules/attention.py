@@ -132,7 +132,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor] | None,
         *,
         token_mask: Tensor | None = None,
         cache_layer: "AttentionCache | WindowCache | None" = None,
@@ -141,7 +141,8 @@ class Attention(nn.Module):
 
         Args:
             x: [B, L, D].
-            rotary: (cos, sin) of the L positions, from `RotaryEmbedding`: each [L, P/2] or [B, L, P/2].
+            rotary: (cos, sin) of the L positions, from `RotaryEmbedding`: each [L, P/2] or [B, L, P/2]. None: queries
+                and keys are not turned, and nothing tells positions apart but causality (arXiv:2305.19466).
             token_mask: [B, L] bool, False = padding, anywhere in a sequence; a window does not count it. Nothing
                 attends to padding, whatever it contains, NaN included; what a padding position attends to is zero.
             cache_layer: what came before x, to which x's keys and values are appended. No gradients through it.
@@ -156,9 +157,10 @@ class Attention(nn.Module):
         queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in (queries, keys, values))  # [B, L, .., P]
         if self.qk_norm == "head":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        turned = apply_rotary(torch.cat((queries, keys), dim=2), rotary, self.rotary_interleaved).transpose(1, 2)
-        queries, keys = turned.split((self.num_heads, self.num_kv_heads), dim=1)  # [B, H, L, P], [B, G, L, P]
-        values = values.transpose(1, 2)
+        if rotary is not None:
+            turned = apply_rotary(torch.cat((queries, keys), dim=2), rotary, self.rotary_interleaved)
+            queries, keys = turned.split((self.num_heads, self.num_kv_heads), dim=2)
+        queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))  # [B, .., L, P]
         key_mask = token_mask
         if cache_layer is not None:
             keys, values, key_mask = cache_layer.append(keys, values, token_mask)
