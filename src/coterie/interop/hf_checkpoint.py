@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coterie.interop._exported import optional
-from coterie.interop.hf_config import config_from_hf, config_to_hf, differences, family_of, fitting
+from coterie.interop.hf_config import config_from_hf, config_to_hf, differences, family_of, fitting, is_mxfp4
 from coterie.interop.hf_families import FAMILIES, Family, Stored
+from coterie.interop.hf_mxfp4 import Header, dequantized_headers, dequantized_weights
 from coterie.models.config import TransformerConfig
 from coterie.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, write_atomically
 from coterie.models.transformer import Transformer
@@ -79,11 +80,6 @@ class _Place(NamedTuple):
         return [tensors[name].unflatten(0, (self.groups, -1)) for name in self.names]
 
 
-class _Header(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
 def from_hf(
     path_or_model: "str | os.PathLike | PreTrainedModel",
     *,
@@ -94,6 +90,7 @@ def from_hf(
     """A transformers checkpoint as coterie's `Transformer`: the same logits, from the same weights.
 
     The checkpoint's safetensors files are read one weight at a time, so memory holds the model and one weight more.
+    Experts in MXFP4, as gpt_oss's are published, become bfloat16, exactly; `to_hf` writes them as that.
     The families are those of `coterie.interop.hf_families.FAMILIES`. transformers' own config stays with the model as
     `model.hf_config`, for `to_hf` to write what coterie has no field for (token ids, dropout) as it was.
 
@@ -115,10 +112,13 @@ def from_hf(
         hf_config = _read_hf_config(folder)
         files = _weight_files(folder)
         headers, weights = _headers(files), _weights(files)
+        if is_mxfp4(hf_config):
+            headers, weights = dequantized_headers(headers), dequantized_weights(weights)
+            del hf_config.quantization_config
     else:
         hf_config = path_or_model.config
         theirs = _on_disk_names(path_or_model)
-        headers = {name: _Header(tuple(t.shape), t.dtype) for name, t in theirs.items()}
+        headers = {name: Header(tuple(t.shape), t.dtype) for name, t in theirs.items()}
         weights = theirs.items()
     family = family_of(hf_config.model_type)
     config = config_from_hf(hf_config)
@@ -213,7 +213,8 @@ def _local_folder(path: str | os.PathLike, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        files = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": "*/*"}  # other formats have folders
+        return Path(snapshot_download(path, revision=revision, **files))
     except Exception as error:  # whatever the hub's client raises without a network, a name or a right
         raise FileNotFoundError(f"{path} is no folder, and the hub gave none of that name: {error}") from error
 
@@ -253,16 +254,16 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _headers(files: Iterable[Path]) -> dict[str, _Header]:
+def _headers(files: Iterable[Path]) -> dict[str, Header]:
     """Shape and dtype of every weight, from the files' headers alone."""
-    headers: dict[str, _Header] = {}
+    headers: dict[str, Header] = {}
     for path in files:
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 weight = file.get_tensor(name)  # mapped, not read
                 if name in headers:
                     raise ValueError(f"{name} is twice in the checkpoint, the second time in {path.name}")
-                headers[name] = _Header(tuple(weight.shape), weight.dtype)
+                headers[name] = Header(tuple(weight.shape), weight.dtype)
     return headers
 
 
@@ -312,8 +313,7 @@ def _places(
             continue
         stored = table[part]
         if isinstance(stored, Stored):
-            place = _Place((ours,), transposed=stored.transposed, in_turns=stored.in_turns)
-            yield prefix + stored.name, place
+            yield prefix + stored.name, _Place((ours,), transposed=stored.transposed, in_turns=stored.in_turns)
             continue
         templates = (stored,) if isinstance(stored, str) else stored
         for expert in range(len(tensor)) if "{e}" in templates[0] else (None,):
@@ -324,7 +324,7 @@ def _places(
                 yield prefix + template.replace("{e}", str(expert)), _Place((ours,), above + rows)
 
 
-def _checked_places(model: Transformer, family: Family, headers: Mapping[str, _Header]) -> dict[str, _Place]:
+def _checked_places(model: Transformer, family: Family, headers: Mapping[str, Header]) -> dict[str, _Place]:
     """The places of the checkpoint's weights; ValueError unless they fill the model, each part once."""
     tensors = model.state_dict()
     wanted = dict(_places(tensors, model.config, family.weights, family.linear_weights))

@@ -24,6 +24,11 @@ def family_of(model_type: str | None) -> Family:
     return FAMILIES[model_type]
 
 
+def is_mxfp4(hf_config: "PreTrainedConfig") -> bool:
+    """Whether a checkpoint has its experts as `hf_mxfp4` reads them."""
+    return family_of(hf_config.model_type).mxfp4 and _quantization(hf_config) == "mxfp4"
+
+
 def config_from_hf(hf_config: "PreTrainedConfig") -> TransformerConfig:
     """coterie's config of a transformers config.
 
@@ -36,9 +41,11 @@ def config_from_hf(hf_config: "PreTrainedConfig") -> TransformerConfig:
             raise ValueError(f"coterie has no equivalent of {family.model_type}'s {name} = {value!r}")
     if not getattr(hf_config, "is_causal", True):  # of no family's fields, but transformers' masks ask for it
         raise ValueError(f"coterie has no equivalent of is_causal = {hf_config.is_causal!r}")
-    if quantization := getattr(hf_config, "quantization_config", None):
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ValueError(f"the weights are quantized ({method}): coterie loads those of 16 bits and more")
+    if method := _quantization(hf_config):
+        raise ValueError(
+            f"the weights are quantized ({method}): coterie loads those of 16 bits and more; have transformers "
+            "dequantize them as it loads them (for one, quantization_config=Mxfp4Config(dequantize=True))"
+        )
     if (activation := hf_config.hidden_act) not in ACTIVATIONS:
         raise ValueError(f"coterie has no equivalent of the activation hidden_act = {activation!r}")
 
@@ -265,6 +272,14 @@ def _rotary(family: Family, hf_config: "PreTrainedConfig", head_dim: int) -> dic
     return {"rope_theta": theta, "rotary_scaling": scaling} | (
         {"rotary_dim": int(head_dim * factor)} if factor != 1.0 else {}
     )
+
+
+def _quantization(hf_config: "PreTrainedConfig") -> str | None:
+    """The method by which a checkpoint or a model in memory is quantized."""
+    quantization = getattr(hf_config, "quantization_config", None)
+    if isinstance(quantization, Mapping):
+        return quantization.get("quant_method", "by no method that is named")
+    return quantization and str(getattr(quantization.quant_method, "value", quantization.quant_method))
 
 
 def _mixers(family: Family, hf_config: "PreTrainedConfig") -> tuple[str, ...]:

@@ -88,6 +88,7 @@ class Family:
         partial_rotary: rope_parameters may have a partial_rotary_factor.
         optional_qk_norm: use_qk_norm says whether queries and keys have the norm of every head.
         layer_types: what their layer_types calls our mixers; empty: it has none, and all layers mix alike.
+        mxfp4: checkpoints may have their experts in MXFP4, with names that end in _blocks and _scales.
         clamped: the activation is "swiglu" with swiglu_alpha and swiglu_limit, and 1 added to up.
         latent: the attention is latent, and the width of a head is said in two parts, qk_nope_head_dim and
             qk_rope_head_dim.
@@ -107,6 +108,7 @@ class Family:
     partial_rotary: bool = False
     optional_qk_norm: bool = False
     layer_types: Mapping[str, str] = field(default_factory=dict)
+    mxfp4: bool = False
     clamped: bool = False
     latent: bool = False
     weights: Mapping[str, str | tuple[str, ...] | Stored] = field(default_factory=lambda: _EXPERT_WEIGHTS)
@@ -298,6 +300,7 @@ FAMILIES = {
             },
             theirs={"hidden_act": ("silu",)},
             layer_types={"sliding_attention": "window_attention", "full_attention": "attention"},
+            mxfp4=True,
             clamped=True,
             weights={
                 **_WEIGHTS,
