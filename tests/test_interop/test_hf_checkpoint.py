@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from _check import relative_error  # noqa: E402
 from coterie.interop import from_hf, to_hf  # noqa: E402
 from coterie.interop.hf_checkpoint import _places  # noqa: E402
+from coterie.interop.hf_config import config_from_hf  # noqa: E402
 from coterie.interop.hf_families import FAMILIES  # noqa: E402
 from coterie.models import Transformer, TransformerConfig, generate  # noqa: E402
 from coterie.modules import add_lora  # noqa: E402
@@ -326,6 +327,37 @@ def test_logits_and_gradients_in_float64(name, ids):
     wanted.backward(grad)
     got.backward(grad)
     _compare_gradients(theirs, ours, 5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_without_rotary_are_those_of_smollm3(dtype):
+    """Which is a llama besides, so llama's table has its weights."""
+    settings = {**SHAPE, "num_hidden_layers": 4, "intermediate_size": 40, "no_rope_layers": [1, 0, 1, 0]}
+    settings |= {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model("smollm3", **settings), attn_implementation="eager")
+    theirs = theirs.to(dtype).eval()
+    llama = config_from_hf(AutoConfig.for_model("llama", **settings))
+    ours = Transformer(replace(llama, rotary_layers=(True, False)), dtype=dtype)
+    weights, right = ours.state_dict(), theirs.state_dict()
+    for key, place in _places(weights, ours.config, FAMILIES["llama"].weights, {}):
+        place.fill(weights, right[key])
+    ids = torch.randint(3, 60, (3, 17))
+    padding = [[0], [4], [7]] if dtype == torch.float32 else [[0]] * 3  # where theirs is NaN in float64
+    token_mask = torch.arange(17) >= torch.tensor(padding)
+    wanted = theirs(ids, attention_mask=token_mask.long()).logits[token_mask]
+    got = ours(ids, token_mask=token_mask).logits[token_mask]
+    assert relative_error(got, wanted) < 1e-6
+    grad = torch.randn_like(wanted)
+    wanted.backward(grad)
+    got.backward(grad)
+    for key, place in _places(weights, ours.config, FAMILIES["llama"].weights, {}):
+        gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+        assert relative_error(place.of(gradients), theirs.get_parameter(key).grad) < 2e-5, key
+    generation = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    wanted = theirs.generate(ids, attention_mask=token_mask.long(), **generation)
+    assert torch.equal(generate(ours, ids, 12, token_mask=token_mask), wanted)
+    ours.layers[1].has_rotary = True
+    assert relative_error(ours(ids, token_mask=token_mask).logits[token_mask], got) > 1e-2
 
 
 @pytest.mark.parametrize("index", [0, 1])  # with a window, and without

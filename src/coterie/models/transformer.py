@@ -54,7 +54,7 @@ class TransformerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.residual_scale = config.residual_scale
-        self.rotary = config.layer_rotary[index]
+        self.has_rotary = config.layer_rotary[index]
         place = {"device": device, "dtype": dtype}
         self.mixer_norm = _norm(config, **place)
         self.mixer: Attention | LatentAttention | LinearAttention
@@ -84,8 +84,8 @@ class TransformerLayer(nn.Module):
         cache_layer: AttentionCache | WindowCache | LinearAttentionCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """[B, L, D] → ([B, L, D], the routing of a MoE or None)."""
-        turn = rotary if self.rotary else None
-        y = self.mixer(self.mixer_norm(x), turn, token_mask=token_mask, cache_layer=cache_layer)
+        turns = rotary if self.has_rotary else None
+        y = self.mixer(self.mixer_norm(x), turns, token_mask=token_mask, cache_layer=cache_layer)
         x = x + _scaled(y, self.residual_scale)
         h, routing = self.feed_forward_norm(x), None
         if isinstance(self.feed_forward, MoE):

@@ -19,7 +19,7 @@ class Attention(nn.Module):
     """Every position attends to itself and to those before it, or to the last few of them.
 
     1. q, k, v = projections of x, split into H query heads and G key/value heads of width P
-    2. q, k = rotary(norm(q)), rotary(norm(k)); the norm only with `qk_norm`
+    2. q, k = rotary(norm(q)), rotary(norm(k)); the norm only with `qk_norm`, the rotary only if it is given
     3. with a cache: append k and v to it, and read back all there are so far
     4. y[h] = softmax(scale · q[h] · k[g]ᵀ, over positions that are not later, not padding and in the window) · v[g],
        where H/G consecutive query heads share a key/value head; with `sink_logits` exp(s[h]) is in the denominator too
