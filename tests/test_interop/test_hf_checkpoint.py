@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from _check import relative_error  # noqa: E402
 from coterie.interop import from_hf, to_hf  # noqa: E402
-from coterie.interop.hf_checkpoint import _places  # noqa: E402
 from coterie.interop.hf_config import config_from_hf  # noqa: E402
 from coterie.interop.hf_families import FAMILIES  # noqa: E402
+from coterie.interop.hf_places import places_of  # noqa: E402
 from coterie.models import Transformer, TransformerConfig, generate  # noqa: E402
 from coterie.modules import add_lora  # noqa: E402
 
@@ -110,6 +110,13 @@ CHECKPOINTS = {
         },
     ),
     "llama, yarn": ("llama", {"intermediate_size": 40, "rope_parameters": YARN}),
+    "llama, yarn said by halves": (
+        "llama",
+        {
+            "intermediate_size": 40,
+            "rope_parameters": {**YARN, "truncate": None, "beta_fast": None, "attention_factor": None, "mscale": 0.5},
+        },
+    ),
     "qwen3": (
         "qwen3",
         {
@@ -304,7 +311,7 @@ def _compare_gradients(theirs, ours, tolerance):
     right = {key: p.grad for key, p in theirs.named_parameters()}
     right = transformers.core_model_loading.revert_weight_conversion(theirs, right)
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    places = dict(_places(gradients, ours.config, family.weights, family.linear_weights))
+    places = dict(places_of(gradients, ours.config, family.weights, family.linear_weights))
     assert right.keys() - places.keys() <= {"lm_head.weight"} | {
         key for key in right if key.endswith("correction_bias")
     }
@@ -339,7 +346,7 @@ def test_layers_without_rotary_are_those_of_smollm3(dtype):
     llama = config_from_hf(AutoConfig.for_model("llama", **settings))
     ours = Transformer(replace(llama, rotary_layers=(True, False)), dtype=dtype)
     weights, right = ours.state_dict(), theirs.state_dict()
-    for key, place in _places(weights, ours.config, FAMILIES["llama"].weights, {}):
+    for key, place in places_of(weights, ours.config, FAMILIES["llama"].weights, {}):
         place.fill(weights, right[key])
     ids = torch.randint(3, 60, (3, 17))
     padding = [[0], [4], [7]] if dtype == torch.float32 else [[0]] * 3  # where theirs is NaN in float64
@@ -350,7 +357,7 @@ def test_layers_without_rotary_are_those_of_smollm3(dtype):
     grad = torch.randn_like(wanted)
     wanted.backward(grad)
     got.backward(grad)
-    for key, place in _places(weights, ours.config, FAMILIES["llama"].weights, {}):
+    for key, place in places_of(weights, ours.config, FAMILIES["llama"].weights, {}):
         gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
         assert relative_error(place.of(gradients), theirs.get_parameter(key).grad) < 2e-5, key
     generation = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -392,7 +399,7 @@ def test_parts_of_gpt_oss_in_float64(index):
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
     right = {key: p.grad for key, p in theirs.named_parameters()}
     compared = 0
-    for key, place in _places(ours.state_dict(), ours.config, family.weights, {}):
+    for key, place in places_of(ours.state_dict(), ours.config, family.weights, {}):
         if key.startswith((prefix + "self_attn", prefix + "mlp.experts")):
             assert relative_error(place.of(gradients), right[key]) < 1e-12, key
             compared += 1

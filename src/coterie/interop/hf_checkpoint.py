@@ -1,6 +1,6 @@
 """transformers' checkpoints as coterie models, and coterie models as transformers' checkpoints.
 
-Every weight of a checkpoint has its place in a coterie tensor, whole or a part of it: `_places` is that list, made from
+Every weight of a checkpoint has its place in a coterie tensor, whole or a part of it: `hf_places` makes that list from
 the family's table; loading copies along it, saving along it backwards. So what is read and written again is equal, bit
 for bit. Nothing is guessed from shapes, and every weight's shape is checked before the first is read.
 """
@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from coterie.interop._exported import optional
 from coterie.interop.hf_config import config_from_hf, config_to_hf, differences, family_of, fitting, is_mxfp4
-from coterie.interop.hf_families import FAMILIES, Family, Stored
-from coterie.interop.hf_mxfp4 import Header, dequantized_headers, dequantized_weights
+from coterie.interop.hf_families import FAMILIES, Family
+from coterie.interop.hf_mxfp4 import dequantized_headers, dequantized_weights
+from coterie.interop.hf_places import LAYER, Header, Place, places_of
 from coterie.models.config import TransformerConfig
 from coterie.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, write_atomically
 from coterie.models.transformer import Transformer
@@ -34,50 +35,7 @@ if TYPE_CHECKING:
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 # Buffers that old checkpoints have, which the config says already.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _HEAD = "lm_head.weight"
-
-
-class _Place(NamedTuple):
-    """Where a weight of a checkpoint stands in a coterie model: `state_dict()[name][index]`.
-
-    Where there are several names, its rows are theirs in turn, group by group; `transposed` and `in_turns` are as in
-    `Stored`.
-    """
-
-    names: tuple[str, ...]
-    index: tuple[int | slice, ...] = ()
-    groups: int = 1
-    transposed: bool = False
-    in_turns: bool = False
-
-    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weight; a view where it stands in one tensor, and not in turns."""
-        if len(self.names) > 1:
-            return torch.cat(self._grouped(tensors), 1).flatten(0, 1)
-        view = self._view(tensors)
-        return view.flatten(-2) if self.in_turns else view
-
-    def fill(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Copy a weight there."""
-        if len(self.names) == 1:
-            view = self._view(tensors)
-            view.copy_(weight.view(view.shape))
-            return
-        parts = self._grouped(tensors)
-        rows = weight.unflatten(0, (self.groups, -1)).split([part.shape[1] for part in parts], 1)
-        for part, own in zip(parts, rows, strict=True):
-            part.copy_(own)
-
-    def _view(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The part of the one tensor, in the weight's order; [.., 2] of gate and up behind where they are in turns."""
-        own = tensors[self.names[0]][self.index]
-        if self.transposed:
-            own = own.mT
-        return own.unflatten(-1, (2, -1)).mT if self.in_turns else own
-
-    def _grouped(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        return [tensors[name].unflatten(0, (self.groups, -1)) for name in self.names]
 
 
 def from_hf(
@@ -172,7 +130,7 @@ def to_hf(
     hf_config = _their_config(model, family)
     chosen = FAMILIES[hf_config.model_type]
     tensors = model.state_dict()
-    places = dict(_places(tensors, model.config, chosen.weights, chosen.linear_weights))
+    places = dict(places_of(tensors, model.config, chosen.weights, chosen.linear_weights))
     if unplaced := sorted(tensors.keys() - {name for place in places.values() for name in place.names}):
         raise ValueError(
             f"a {chosen.model_type} checkpoint has no place for {unplaced[0]} and {len(unplaced) - 1} more of the "
@@ -288,47 +246,14 @@ def _on_disk_names(model: "PreTrainedModel") -> Mapping[str, Tensor]:
     return revert_weight_conversion(model, model.state_dict())
 
 
-# --- places
+# --- checking
 
 
-def _places(
-    tensors: Mapping[str, Tensor],
-    config: TransformerConfig,
-    table: Mapping[str, str | tuple[str, ...] | Stored],
-    linear: Mapping[str | tuple[str, ...], str],
-) -> Iterator[tuple[str, _Place]]:
-    """(their name, its place) of all weights that a table knows; of linear attention, the table of that name."""
-    heads = config.linear_num_key_heads or config.linear_num_heads or config.num_heads
-    for ours, tensor in tensors.items():
-        layer, prefix, part = "", "", ours
-        if match := _LAYER.fullmatch(ours):
-            layer, prefix, part = f"layers.{match[1]}.", f"model.layers.{match[1]}.", match[2]
-        if layer and part.startswith("mixer.") and config.layer_mixers[int(match[1])] == "linear_attention":
-            for names, theirs in linear.items():
-                names = (names,) if isinstance(names, str) else names
-                if part == names[0]:
-                    yield prefix + theirs, _Place(tuple(layer + name for name in names), (), heads)
-            continue
-        if part not in table:
-            continue
-        stored = table[part]
-        if isinstance(stored, Stored):
-            yield prefix + stored.name, _Place((ours,), transposed=stored.transposed, in_turns=stored.in_turns)
-            continue
-        templates = (stored,) if isinstance(stored, str) else stored
-        for expert in range(len(tensor)) if "{e}" in templates[0] else (None,):
-            above: tuple[int, ...] = () if expert is None else (expert,)
-            height = tensor.shape[len(above)] // len(templates)
-            for position, template in enumerate(templates):
-                rows = (slice(position * height, (position + 1) * height),) if len(templates) > 1 else ()
-                yield prefix + template.replace("{e}", str(expert)), _Place((ours,), above + rows)
-
-
-def _checked_places(model: Transformer, family: Family, headers: Mapping[str, Header]) -> dict[str, _Place]:
+def _checked_places(model: Transformer, family: Family, headers: Mapping[str, Header]) -> dict[str, Place]:
     """The places of the checkpoint's weights; ValueError unless they fill the model, each part once."""
     tensors = model.state_dict()
-    wanted = dict(_places(tensors, model.config, family.weights, family.linear_weights))
-    stacked = dict(_places(tensors, model.config, family.stacked_weights, {}))
+    wanted = dict(places_of(tensors, model.config, family.weights, family.linear_weights))
+    stacked = dict(places_of(tensors, model.config, family.stacked_weights, {}))
     places = {name: place for name, place in {**wanted, **stacked}.items() if name in headers}
     problems = []
     for name, place in places.items():
@@ -347,7 +272,7 @@ def _checked_places(model: Transformer, family: Family, headers: Mapping[str, He
             problems.append(f"{name} is there twice, alone and among {family.stacked_weights.values()}")
     unread = []
     for name in headers.keys() - places.keys():
-        match = _LAYER.fullmatch(name.removeprefix("model."))
+        match = LAYER.fullmatch(name.removeprefix("model."))
         if name.startswith("mtp.") or (match and int(match[1]) >= model.config.num_layers):
             unread.append(name)
         elif not _DERIVED.search(name) and not (name == _HEAD and model.head is None):

@@ -246,7 +246,8 @@ def _pattern_problems(config: TransformerConfig, family: Family) -> list[str]:
 
 
 def _rotary(family: Family, hf_config: "PreTrainedConfig", head_dim: int) -> dict[str, Any]:
-    rope = {name: value for name, value in (hf_config.rope_parameters or {}).items() if value is not None}
+    rope = dict(hf_config.rope_parameters or {})
+    rope = {name: value for name, value in rope.items() if value is not None or name == "truncate"}  # None: False
     kind, scaling = rope.pop("rope_type", "default"), None
     factor = rope.pop("partial_rotary_factor", None) or 1.0
     if kind != "default":

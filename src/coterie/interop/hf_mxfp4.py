@@ -7,20 +7,14 @@ those past its largest number are infinite.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from coterie.interop.hf_places import Header
+
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
-class Header(NamedTuple):
-    """What is known of a weight before it is read."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:
