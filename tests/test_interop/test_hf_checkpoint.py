@@ -114,7 +114,14 @@ CHECKPOINTS = {
         "llama",
         {
             "intermediate_size": 40,
-            "rope_parameters": {**YARN, "truncate": None, "beta_fast": None, "attention_factor": None, "mscale": 0.5},
+            "rope_parameters": {
+                **YARN,
+                "original_max_position_embeddings": 64,
+                "truncate": None,  # which is False
+                "beta_fast": None,
+                "attention_factor": None,
+                "mscale": 0.5,
+            },
         },
     ),
     "qwen3": (
