@@ -250,6 +250,16 @@ def test_adapters_are_not_left_out_in_silence(tmp_path):
     ("config", "message"),
     [
         ({**DENSE, "rotary_scaling": "linear(factor=2.0)"}, r"none of its rotary_scaling = .linear\(factor=2.0\)."),
+        (
+            {**DENSE, "rotary_scaling": "ntk(factor=2.0)"},
+            r"rotary_scaling = 'ntk\(.* is None with rope_theta = 22081.79",
+        ),
+        (
+            {**DENSE, "rotary_layers": (True, True, False)},
+            r"rotary_layers = \(True, True, False\) \(there it is \(True,",
+        ),
+        ({**SPARSE, "router_bias": True}, r"router_bias = True \(there it is False\)"),
+        ({**SPARSE, "expert_bias": True}, r"expert_bias = True \(there it is False\)"),
         ({**DENSE, "activation": "geglu"}, r"closest, llama, has none of its activation = 'geglu' \(there it is 'swig"),
         (
             {**DENSE, "qk_norm": "head", "qkv_bias": True, "output_bias": True},

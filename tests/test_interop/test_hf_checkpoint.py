@@ -4,6 +4,7 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from _check import relative_error  # noqa: E402
 from coterie.interop import from_hf, to_hf  # noqa: E402
-from coterie.interop.hf_checkpoint import _places  # noqa: E402
+from coterie.interop.hf_config import config_from_hf  # noqa: E402
 from coterie.interop.hf_families import FAMILIES  # noqa: E402
+from coterie.interop.hf_places import places_of  # noqa: E402
 from coterie.models import Transformer, TransformerConfig, generate  # noqa: E402
 from coterie.modules import add_lora  # noqa: E402
 
@@ -69,6 +71,15 @@ QWEN_NEXT = {
     "linear_key_head_dim": 10,
     "linear_value_head_dim": 7,
 }
+GPT_OSS = {
+    "intermediate_size": 12,
+    "head_dim": 10,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "sliding_window": 4,
+    "swiglu_limit": 0.3,  # which these weights reach
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 # name: (model type, settings); every option of a family's table stands in one of them.
 CHECKPOINTS = {
     "llama": ("llama", {"intermediate_size": 40}),
@@ -95,6 +106,21 @@ CHECKPOINTS = {
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "llama, yarn": ("llama", {"intermediate_size": 40, "rope_parameters": YARN}),
+    "llama, yarn said by halves": (
+        "llama",
+        {
+            "intermediate_size": 40,
+            "rope_parameters": {
+                **YARN,
+                "original_max_position_embeddings": 64,
+                "truncate": None,  # which is False
+                "beta_fast": None,
+                "attention_factor": None,
+                "mscale": 0.5,
             },
         },
     ),
@@ -139,6 +165,32 @@ CHECKPOINTS = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5},
         },
     ),
+    "gpt_oss": ("gpt_oss", GPT_OSS),
+    "gpt_oss, another pattern, without biases, another yarn": (
+        "gpt_oss",
+        {
+            **GPT_OSS,
+            "num_hidden_layers": 4,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 2,  # with 1, the cache of transformers 5.23 drops nothing
+            "attention_bias": False,
+            "swiglu_alpha": 0.9,
+            "swiglu_limit": 7.0,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**YARN, "beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 0.7},
+        },
+    ),
+    # hidden_size = 2 · intermediate_size = heads · head_dim: every matrix is square.
+    "gpt_oss, square, no window": (
+        "gpt_oss",
+        {
+            **GPT_OSS,
+            "intermediate_size": 16,
+            "head_dim": 8,
+            "layer_types": ["full_attention"] * 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    ),
     "glm4_moe": ("glm4_moe", GLM),
     "glm4_moe, groups": (
         "glm4_moe",
@@ -167,6 +219,7 @@ CHECKPOINTS = {
             "norm_topk_prob": False,
         },
     ),
+    "deepseek_v3, yarn": ("deepseek_v3", {**DEEPSEEK, "rope_parameters": YARN}),
     "deepseek_v3, halves": ("deepseek_v3", {**DEEPSEEK, "rope_interleave": False, "first_k_dense_replace": 0}),
     "deepseek_v3, wide values, biases, theta": (
         "deepseek_v3",
@@ -191,7 +244,7 @@ CHECKPOINTS = {
     ),
 }
 GENERATED = ["llama", "qwen3_moe", "granitemoe", "glm4_moe, groups"]
-GENERATED += [name for name in CHECKPOINTS if name.startswith(("deepseek_v3", "qwen3_next"))]
+GENERATED += [name for name in CHECKPOINTS if name.startswith(("deepseek_v3", "gpt_oss", "qwen3_next"))]
 
 
 def make_model(name, dtype=torch.float32, **settings):
@@ -256,17 +309,108 @@ def test_logits_and_gradients(name, ids, saved):
     grad = torch.randn_like(wanted)
     wanted.backward(grad)
     got.backward(grad)
-    # Their gradients, through the same table as the weights (theirs has stacked experts in memory).
+    _compare_gradients(theirs, ours, 5e-5)
+
+
+def _compare_gradients(theirs, ours, tolerance):
+    """Of all parameters, through the same table as the weights (theirs has stacked experts in memory)."""
     family = FAMILIES[theirs.config.model_type]
     right = {key: p.grad for key, p in theirs.named_parameters()}
     right = transformers.core_model_loading.revert_weight_conversion(theirs, right)
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    for key, place in _places(gradients, ours.config, family.weights, family.linear_weights):
+    places = dict(places_of(gradients, ours.config, family.weights, family.linear_weights))
+    assert right.keys() - places.keys() <= {"lm_head.weight"} | {
+        key for key in right if key.endswith("correction_bias")
+    }
+    for key, place in places.items():
         gradient = place.of(gradients)
         if right[key].norm() > 1e-4:  # an expert that got no token
-            assert relative_error(gradient, right[key]) < 5e-5, key
+            assert relative_error(gradient, right[key]) < tolerance, key
         else:
             assert gradient.norm() < 1e-3, key
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if "gpt_oss" in name or "yarn" in name])
+def test_logits_and_gradients_in_float64(name, ids):
+    """Angles, and routers here, are float32 all the same, and so are the norms of gpt_oss there."""
+    theirs = make_model(name, torch.float64)
+    ours = from_hf(theirs)
+    wanted, got = theirs(ids).logits, ours(ids).logits
+    assert relative_error(got, wanted) < 1e-6
+    grad = torch.randn_like(wanted)
+    wanted.backward(grad)
+    got.backward(grad)
+    _compare_gradients(theirs, ours, 5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_without_rotary_are_those_of_smollm3(dtype):
+    """Which is a llama besides, so llama's table has its weights."""
+    settings = {**SHAPE, "num_hidden_layers": 4, "intermediate_size": 40, "no_rope_layers": [1, 0, 1, 0]}
+    settings |= {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model("smollm3", **settings), attn_implementation="eager")
+    theirs = theirs.to(dtype).eval()
+    llama = config_from_hf(AutoConfig.for_model("llama", **settings))
+    ours = Transformer(replace(llama, rotary_layers=(True, False)), dtype=dtype)
+    weights, right = ours.state_dict(), theirs.state_dict()
+    for key, place in places_of(weights, ours.config, FAMILIES["llama"].weights, {}):
+        place.fill(weights, right[key])
+    ids = torch.randint(3, 60, (3, 17))
+    padding = [[0], [4], [7]] if dtype == torch.float32 else [[0]] * 3  # where theirs is NaN in float64
+    token_mask = torch.arange(17) >= torch.tensor(padding)
+    wanted = theirs(ids, attention_mask=token_mask.long()).logits[token_mask]
+    got = ours(ids, token_mask=token_mask).logits[token_mask]
+    assert relative_error(got, wanted) < 1e-6
+    grad = torch.randn_like(wanted)
+    wanted.backward(grad)
+    got.backward(grad)
+    for key, place in places_of(weights, ours.config, FAMILIES["llama"].weights, {}):
+        gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+        assert relative_error(place.of(gradients), theirs.get_parameter(key).grad) < 2e-5, key
+    generation = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    wanted = theirs.generate(ids, attention_mask=token_mask.long(), **generation)
+    assert torch.equal(generate(ours, ids, 12, token_mask=token_mask), wanted)
+    ours.layers[1].has_rotary = True
+    assert relative_error(ours(ids, token_mask=token_mask).logits[token_mask], got) > 1e-2
+
+
+@pytest.mark.parametrize("index", [0, 1])  # with a window, and without
+def test_parts_of_gpt_oss_in_float64(index):
+    """From the same angles, experts and weights: nothing is float32 there."""
+    theirs = make_model("gpt_oss", torch.float64)
+    ours = from_hf(theirs)
+    there, here = theirs.model.layers[index], ours.layers[index]
+    x = torch.randn(2, 11, 32, dtype=torch.float64, requires_grad=True)
+    rotary = [part.double() for part in ours.rotary(torch.arange(11))]
+    distance = torch.arange(11)[:, None] - torch.arange(11)
+    seen = (distance >= 0) & (distance < (here.mixer.window or 11))
+    mask = torch.zeros(2, 1, 11, 11, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    wanted, _ = there.self_attn(x, [part[None] for part in rotary], mask)
+    routing = here.feed_forward.router(x)
+    weights = routing.weights.double().detach().requires_grad_()
+    expert_ids = routing.expert_ids
+    rows = x.flatten(0, 1) / 2
+    hidden = rows[:, None] @ there.mlp.experts.gate_up_proj[expert_ids[:, 0]]
+    assert 0.1 < (hidden.abs() > 0.3).double().mean() < 0.9  # swiglu_limit
+    experts = here.feed_forward.experts(rows, replace(routing, weights=weights))
+    pairs = (here.mixer(x, rotary), wanted, (x,)), (experts, there.mlp.experts(rows, expert_ids, weights), (x, weights))
+    for got, wanted, inputs in pairs:
+        assert relative_error(got, wanted) < 1e-12
+        grad = torch.randn_like(wanted)
+        both = [torch.autograd.grad(y, inputs, grad, retain_graph=True) for y in (got, wanted)]
+        for a, b in zip(*both, strict=True):
+            assert relative_error(a, b) < 1e-12
+        got.backward(grad, retain_graph=True)
+        wanted.backward(grad, retain_graph=True)
+    family, prefix = FAMILIES["gpt_oss"], f"model.layers.{index}."
+    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    right = {key: p.grad for key, p in theirs.named_parameters()}
+    compared = 0
+    for key, place in places_of(ours.state_dict(), ours.config, family.weights, {}):
+        if key.startswith((prefix + "self_attn", prefix + "mlp.experts")):
+            assert relative_error(place.of(gradients), right[key]) < 1e-12, key
+            compared += 1
+    assert compared == 13
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -275,9 +419,10 @@ def test_left_padded_greedy_generation(name):
     ours = from_hf(theirs)
     ids = torch.randint(3, 60, (3, 9))
     token_mask = torch.arange(9) >= torch.tensor([[0], [4], [7]])
-    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    count = 30 if name.startswith("gpt_oss") else 12  # several windows
+    settings = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     wanted = theirs.generate(ids, attention_mask=token_mask.long(), **settings)
-    assert torch.equal(generate(ours, ids, 12, token_mask=token_mask), wanted)
+    assert torch.equal(generate(ours, ids, count, token_mask=token_mask), wanted)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "granitemoe"])
@@ -409,9 +554,10 @@ print(peak("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
         ),
         (
             "deepseek_v3",
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "mscale_all_dim": 1.0}},
-            "scaling, rope_type = 'yarn'",
+            {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+            "deepseek_v3's mscale_all_dim = 1.0",
         ),
+        ("llama", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}}, "mscale beside mscale_all_dim"),
         (
             "deepseek_v3",
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0, "mscale_all_dim": 1.0}},
@@ -422,6 +568,8 @@ print(peak("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "qwen3's sliding_window = 8"),
         ("olmoe", {"clip_qkv": 3.0}, "olmoe's clip_qkv = 3.0"),
         ("qwen3_next", {"hidden_act": "gelu"}, "qwen3_next's hidden_act = 'gelu'"),
+        ("gpt_oss", {"hidden_act": "gelu"}, "gpt_oss's hidden_act = 'gelu'"),
+        ("gpt_oss", {"layer_types": ["chunked_attention"] * 3}, "gpt_oss's layer_types = 'chunked_attention'"),
         ("qwen3_next", {"layer_types": ["sliding_attention"] * 4}, "layer_types = 'sliding_attention'"),
         ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}, "qwen3_moe has no sparse layer"),
     ],
@@ -447,6 +595,16 @@ HYBRID = {
     "qk_norm": "head",
     "attention_output_gate": True,
     "norm_zero_centered": True,
+}
+OSS = {
+    **SPARSE,
+    "mixers": ("window_attention", "attention"),
+    "attention_window": 5,
+    "attention_sink_logits": True,
+    "router_order": "after",
+    "router_bias": True,
+    "expert_bias": True,
+    "activation": "swiglu(up_offset=1, limit=7)",
 }
 LATENT = {**SPARSE, "mixers": ("latent_attention",), "kv_rank": 6, "rotary_dim": 4}
 
@@ -475,6 +633,35 @@ LATENT = {**SPARSE, "mixers": ("latent_attention",), "kv_rank": 6, "rotary_dim":
             "qwen3_next",
             r"mixers = .* \(there they are of 'attention', 'linear_attention'\)",
         ),
+        ({**DENSE, "rotary_layers": (True, False)}, None, r"rotary_layers = \(True, False\) \(there it is \(True,\)\)"),
+        (
+            {**DENSE, "rotary_scaling": "ntk(factor=2.0)"},
+            "llama",
+            r"rotary_scaling = 'ntk\(factor=2.0\)' \(there it is None with rope_theta = 25198.4",
+        ),
+        (
+            {**SPARSE, "router_bias": True, "router_order": "after"},
+            "granitemoe",
+            r"router_bias = True \(there it is Fal",
+        ),
+        ({**SPARSE, "expert_bias": True}, "mixtral", r"expert_bias = True \(there it is False\)"),
+        (
+            {**OSS, "activation": "swiglu"},
+            "gpt_oss",
+            r"activation = 'swiglu' \(there it is 'swiglu' with a limit and up",
+        ),
+        (
+            {**OSS, "activation": "geglu(limit=7, up_offset=1)"},
+            "gpt_oss",
+            r"activation = 'geglu\(limit=7, up_offset=1\)",
+        ),
+        ({**OSS, "expert_bias": False}, "gpt_oss", r"expert_bias = False \(there it is True\)"),
+        ({**OSS, "attention_sink_logits": False}, "gpt_oss", r"attention_sink_logits = False \(there it is True\)"),
+        (
+            {**OSS, "mixers": ("window_attention", "linear_attention")},
+            "gpt_oss",
+            r"mixers = .* \(there they are of 'attention', 'window_attention'\)",
+        ),
         ({**DENSE, "rotary_interleaved": True}, None, r"rotary_interleaved = True \(there it is False\)"),
     ],
 )
@@ -489,6 +676,8 @@ def test_a_model_without_an_equivalent_is_refused_by_name(config, family, messag
     [
         ({**SPARSE, "router_normalize": False}, "qwen2_moe"),  # without a shared expert
         (HYBRID, "qwen3_next"),
+        (OSS, "gpt_oss"),
+        ({**OSS, "mixers": ("attention",), "attention_window": None, "rotary_layers": (True, True)}, "gpt_oss"),
         (
             {
                 **HYBRID,
@@ -620,6 +809,36 @@ def test_a_hybrid_continues_from_its_states_as_theirs_does(name, ids):
         got = ours(ids[:, at], token_mask=token_mask[:, at], cache=cache).logits
         assert relative_error(got[token_mask[:, at]], wanted[:, at][token_mask[:, at]]) < 1e-5
         start += length
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name.startswith("gpt_oss")])
+@torch.no_grad()
+def test_windows_and_sinks_continue_from_a_cache_as_theirs_do(name):
+    """Several windows long: logits of every step, prefill in two pieces and one by one, with padding on the left."""
+    theirs = make_model(name)
+    ours = from_hf(theirs)
+    ids = torch.randint(3, 60, (3, 40))
+    token_mask = torch.arange(40) >= torch.tensor([[0], [3], [8]])
+    wanted = theirs(ids, attention_mask=token_mask.long()).logits
+    cache, start = ours.new_cache(3, 40), 0
+    for length in (9, 11, *[1] * 20):
+        at = slice(start, start + length)
+        got = ours(ids[:, at], token_mask=token_mask[:, at], cache=cache).logits
+        assert relative_error(got[token_mask[:, at]], wanted[:, at][token_mask[:, at]]) < 1e-5
+        start += length
+
+
+def test_gate_and_up_in_turns_are_told_apart(saved):
+    """By transformers' own reading of them, in a model whose matrices are all square."""
+    theirs, path = saved("gpt_oss, square, no window")
+    ours = from_hf(path)
+    for there, here in zip(theirs.model.layers, ours.layers, strict=True):
+        there, here = there.mlp.experts, here.feed_forward.experts
+        assert torch.equal(here.gate_up_proj[:, :16], there.gate_up_proj[..., ::2].mT)
+        assert torch.equal(here.gate_up_proj[:, 16:], there.gate_up_proj[..., 1::2].mT)
+        assert torch.equal(here.gate_up_bias[:, :16], there.gate_up_proj_bias[:, ::2])
+        assert torch.equal(here.gate_up_bias[:, 16:], there.gate_up_proj_bias[:, 1::2])
+        assert torch.equal(here.down_proj, there.down_proj.mT)
 
 
 def test_damaged_and_foreign_folders_are_told(saved, tmp_path):

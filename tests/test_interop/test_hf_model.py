@@ -38,8 +38,11 @@ CONFIG = coterie.TransformerConfig(
     expert_hidden_dim=24,
     shared_hidden_dim=16,
     shared_gate=True,
+    router_bias=True,
+    expert_bias=True,
     selection_bias=True,
     qk_norm="head",
+    rotary_layers=(True, False),
     max_length=64,
     init_std=0.1,
 )

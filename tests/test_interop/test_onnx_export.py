@@ -32,7 +32,7 @@ MODELS = {
         "qkv_bias": True,
         "output_bias": True,
     },
-    "groups, shared experts, partial rotary": {
+    "groups, shared experts, partial rotary, in one layer alone": {
         **SPARSE,
         "num_layers": 2,
         "feed_forwards": ("mlp", "moe"),
@@ -46,6 +46,9 @@ MODELS = {
         "shared_hidden_dim": 16,
         "shared_gate": True,
         "rotary_dim": 4,
+        "rotary_scaling": "yarn(factor=4.0, original_max_position_embeddings=16, truncate=False)",
+        "rotary_layers": (False, True),
+        "router_bias": True,
         "qk_norm": "head",
         "tie_embeddings": False,
     },
@@ -160,6 +163,9 @@ def test_wrong_arguments_and_missing_packages_are_named(tmp_path, monkeypatch):
     hybrid = TransformerConfig(**{**vars(model.config), "mixers": ("linear_attention",), "num_kv_heads": None})
     with pytest.raises(ValueError, match=r"ONNX has no equivalent of this model's mixers = \('linear_attention',\)"):
         to_onnx(Transformer(hybrid), tmp_path / "model.onnx")
+    biased = TransformerConfig(**SPARSE, expert_bias=True)
+    with pytest.raises(ValueError, match=r"ONNX has no biases in experts yet, got expert_bias = True"):
+        to_onnx(Transformer(biased), tmp_path / "model.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"onnxruntime is needed: pip install 'coterie\[export\]'"):
         to_onnx(model, tmp_path / "model.onnx")

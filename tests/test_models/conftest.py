@@ -12,7 +12,7 @@ def _seed():
 
 @pytest.fixture
 def small_config() -> TransformerConfig:
-    """Two layers of every mixer there is, at widths that differ from one another."""
+    """Two layers of every mixer there is, the second without rotary, at widths that differ from one another."""
     return TransformerConfig(
         vocab_size=50,
         dim=24,
@@ -38,6 +38,7 @@ def small_config() -> TransformerConfig:
         linear_conv=3,
         rotary_dim=4,
         rotary_interleaved=True,
+        rotary_layers=(True, False),
         feed_forwards=("mlp", "moe"),
         hidden_dim=20,
         num_experts=6,
@@ -45,6 +46,8 @@ def small_config() -> TransformerConfig:
         expert_hidden_dim=10,
         shared_hidden_dim=12,
         shared_gate=True,
+        router_bias=True,
+        expert_bias=True,
         selection_bias=True,
         qk_norm="head",
         qkv_bias=True,

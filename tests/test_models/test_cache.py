@@ -56,21 +56,20 @@ def test_memory_is_taken_once_and_counted(small_model, small_config):
     keys_and_values = 2 * small_config.num_kv_heads * small_config.head_dim
     latents = small_config.kv_rank + small_config.rotary_dim
     growing = 3 * 10 * (4 * keys_and_values + 2 * latents) * 4  # of two layers each, sparse attention's too
-    growing += 3 * 5 * keys_and_values // 2 * 4  # the means of blocks of 2, of one layer: the other takes its choice
+    means = 3 * 5 * keys_and_values // 2 * 4  # of blocks of 2, in one layer: the other takes its choice
     states = 2 * 3 * 6 * 9 * 5 * 4
     windows, masks = 2 * 3 * 4 * keys_and_values * 4, 2 * 3 * 4
     tails = 2 * 3 * (3 - 1) * (2 * 3 * 9 + 6 * 5) * 4
-    wanted = growing + states + tails + windows + masks
+    wanted = growing + means + states + tails + windows + masks
     assert cache.nbytes == wanted
-    assert small_model.new_cache(3, 20).nbytes == wanted + growing
+    assert small_model.new_cache(3, 20).nbytes == wanted + growing + means
     places = [(layer.keys if hasattr(layer, "keys") else layer.state).data_ptr() for layer in cache.layers]
     for _ in range(10):
         small_model(_ids(3, 1), cache=cache)
     assert [(layer.keys if hasattr(layer, "keys") else layer.state).data_ptr() for layer in cache.layers] == places
     assert cache.nbytes == wanted
-    assert (
-        small_model.new_cache(3, 10, dtype=torch.bfloat16).nbytes == states + masks + (growing + tails + windows) // 2
-    )
+    halved = (growing + tails + windows) // 2
+    assert small_model.new_cache(3, 10, dtype=torch.bfloat16).nbytes == states + masks + means + halved
     assert small_model.new_cache(1).max_length == small_config.max_length
 
 

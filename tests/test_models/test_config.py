@@ -23,6 +23,7 @@ SPARSE = {
     "top_k": 2,
     "expert_hidden_dim": 16,
 }
+YARN = "yarn(factor=4.0, original_max_position_embeddings=64"
 LATENT = {"mixers": ("latent_attention",), "kv_rank": 6, "rotary_dim": 4}
 
 
@@ -45,7 +46,9 @@ def test_patterns_are_repeated_up_the_layers():
     config = TransformerConfig(**{**SPARSE, **LATENT, "mixers": ("attention", "latent_attention"), "num_kv_heads": 2})
     model = Transformer(config, device="meta")
     assert [type(layer.mixer) for layer in model.layers] == [Attention, LatentAttention] * 3
-    config = TransformerConfig(**{**SPARSE, "mixers": ("linear_attention", "linear_attention", "attention")})
+    mixers = ("linear_attention", "linear_attention", "attention")
+    config = TransformerConfig(**{**SPARSE, "mixers": mixers, "rotary_layers": (True, False)})
+    assert config.layer_rotary == (False, False, True, False, False, False)
     model = Transformer(config, device="meta")
     assert [type(layer.mixer) for layer in model.layers] == [LinearAttention, LinearAttention, Attention] * 2
 
@@ -169,10 +172,29 @@ def test_whole_numbers_do_for_floats_and_the_config_is_frozen():
         ({"init_std": -0.1}, ValueError, "init_std must not be negative"),
         ({"rope_theta": 0.0}, ValueError, "rope_theta must be positive, got 0.0"),
         ({"rope_theta": math.nan}, ValueError, "rope_theta must be finite, got nan"),
-        ({"rotary_scaling": "stretch"}, ValueError, "rotary_scaling must be one of linear, llama3, got 'stretch'"),
+        ({"rotary_scaling": "stretch"}, ValueError, "must be one of linear, ntk, llama3, yarn, got 'stretch'"),
         ({"rotary_scaling": "linear"}, ValueError, r"rotary_scaling 'linear' takes \['factor'\], got \[\]"),
         ({"rotary_scaling": "linear(factor=0.0)"}, ValueError, "rotary_scaling's factor must be positive, got 0.0"),
         ({"rotary_scaling": "linear(4)"}, ValueError, r"must read like 'linear\(factor=4.0\)': parameters need names"),
+        (
+            {"rotary_scaling": "yarn(factor=4.0)"},
+            ValueError,
+            r"'yarn' takes \['factor', 'original_max_position_embeddings'\] and may have .*beta_slow",
+        ),
+        ({"rotary_scaling": YARN + ", truncate=2)"}, ValueError, "truncate must be True or False, got 2.0"),
+        (
+            {"rotary_scaling": YARN + ", beta_slow=32)"},
+            ValueError,
+            "beta_slow must be less than its beta_fast, got 'ya",
+        ),
+        ({"rotary_scaling": YARN + ", mscale=1)"}, ValueError, "may have .* got .*'mscale'"),
+        ({"rotary_scaling": YARN + ")", "rope_theta": 1.0}, ValueError, "theta must be greater than 1 .* got 1.0"),
+        ({"rotary_layers": ()}, ValueError, "rotary_layers is repeated .* num_layers = 6, got 0"),
+        ({"rotary_layers": (True,) * 4}, ValueError, "rotary_layers .* num_layers = 6, got 4"),
+        ({"rotary_layers": (1,)}, TypeError, "an entry of rotary_layers must be bool, got 1"),
+        ({"rotary_layers": True}, TypeError, "rotary_layers must be a sequence of bool, got True"),
+        ({"router_bias": 1}, TypeError, "router_bias must be bool, got 1"),
+        ({"expert_bias": None}, TypeError, "expert_bias must be bool, got None"),
         ({"norm_eps": math.nan}, ValueError, "norm_eps must be finite, got nan"),
         ({"norm_eps": math.inf}, ValueError, "norm_eps must be finite, got inf"),
         ({"router_scale": -math.inf}, ValueError, "router_scale must be finite, got -inf"),

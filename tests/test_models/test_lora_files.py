@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from _check import relative_error
 from coterie.models import Transformer, load_lora, save_lora
 from coterie.models.pretrained import read_tensors, write_tensors
 from coterie.modules import add_lora, lora_parameters, merge_lora, remove_lora, set_adapter
@@ -158,4 +159,4 @@ def test_a_model_is_not_saved_with_adapters_in_it(file, small_model, tmp_path):
     merge_lora(small_model)
     remove_lora(small_model)
     small_model.save_pretrained(tmp_path / "model")
-    torch.testing.assert_close(Transformer.from_pretrained(tmp_path / "model")(ids).logits, beside)
+    assert relative_error(Transformer.from_pretrained(tmp_path / "model")(ids).logits, beside) < 1e-5

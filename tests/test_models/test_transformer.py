@@ -69,6 +69,40 @@ def test_padding_is_as_if_it_were_not_there(small_model, place):
             assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7
 
 
+@pytest.mark.parametrize("mixer", ["attention", "window_attention", "latent_attention"])
+def test_layers_without_rotary_are_called_without(small_config, mixer):
+    window = 5 if mixer == "window_attention" else None
+    options = {"mixers": (mixer,), "attention_window": window, "num_layers": 4}
+    if mixer == "latent_attention":
+        options |= {"num_kv_heads": None, "qk_norm": None, "attention_sink_logits": False}
+    pattern = (True, False, False, True)
+    model = Transformer(replace(small_config, **options, rotary_layers=pattern))
+    ids = _ids(2, 12)
+    rotary = model.rotary(torch.arange(12))
+    x = model.embedding(ids)
+    for layer, turned in zip(model.layers, pattern, strict=True):
+        x = x + layer.mixer(layer.mixer_norm(x), rotary if turned else None)
+        y = layer.feed_forward(layer.feed_forward_norm(x))
+        x = x + (y[0] if isinstance(y, tuple) else y)
+    wanted = model.embedding.logits(model.norm(x))
+    torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+    for other in ((True,), (False,)):
+        twin = Transformer(replace(small_config, **options, rotary_layers=other))
+        twin.load_state_dict(model.state_dict())
+        assert (twin(ids).logits - wanted).norm() > 1e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_one_layer_without_rotary_knows_no_order_of_what_came_before(small_config, rotary):
+    options = {"mixers": ("attention",), "attention_window": None, "num_layers": 1, "feed_forwards": ("moe",)}
+    model = Transformer(replace(small_config, **options, rotary_layers=(rotary,)))
+    ids = _ids(3, 12)
+    order = torch.cat((torch.randperm(11), torch.tensor([11])))
+    last, moved = (model(tokens).logits[:, -1] for tokens in (ids, ids[:, order]))
+    error = (moved - last).norm() / last.norm()
+    assert error > 1e-2 if rotary else error < 1e-5
+
+
 def test_content_of_padding_is_bitwise_nothing(small_model):
     token_mask = torch.rand(3, 12, generator=torch.Generator().manual_seed(0)) < 0.6
     ids = _ids(3, 12)

@@ -249,3 +249,50 @@ def test_equals_transformers_attention(family):
     gradients = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         assert _error(parameter.grad, gradients[name].grad) < 1e-5, name
+
+
+WITHOUT_ROTARY = [
+    {},
+    {"qk_norm": "head", "output_gate": True},
+    {"sink_logits": True, "qkv_bias": True},
+    {"window": 5},
+]
+
+
+@pytest.mark.parametrize("options", WITHOUT_ROTARY)
+def test_without_rotary_what_came_before_has_no_order(options):
+    layer = _layer(**options)
+    x = torch.randn(3, 9, 24)
+    seen = options.get("window", 9)
+    order = torch.arange(9)
+    order[9 - seen : 8] = order[9 - seen : 8].flip(0)
+    for rotary, has_order in ((None, False), (_rotary(9), True)):
+        last, moved = (layer(rows, rotary)[:, -1] for rows in (x, x[:, order]))
+        assert (_error(moved, last) > 1e-2) == has_order
+        assert (_error(moved, last) < 1e-5) != has_order
+
+
+@pytest.mark.parametrize("options", WITHOUT_ROTARY)
+@pytest.mark.parametrize("masked", [False, True])
+def test_without_rotary_is_with_no_turn_at_all(options, masked):
+    layer = _layer(**options)
+    x = torch.randn(2, 9, 24)
+    token_mask = torch.rand(2, 9) < 0.7 if masked else None
+    wanted = layer(x, (torch.ones(9, 4), torch.zeros(9, 4)), token_mask=token_mask)
+    assert torch.equal(layer(x, None, token_mask=token_mask), wanted)
+    with torch.no_grad():
+        cache = layer.new_cache(2, 9)
+        pieces = [(0, 4), (4, 5), (5, 9)]
+        masks = [token_mask[:, a:b] if masked else None for a, b in pieces]
+        got = [layer(x[:, a:b], None, token_mask=m, cache_layer=cache) for (a, b), m in zip(pieces, masks, strict=True)]
+    assert _error(torch.cat(got, 1), wanted) < 1e-6
+
+
+def test_without_rotary_is_softmax_attention_of_the_projections():
+    layer = _layer()
+    x = torch.randn(2, 9, 24)
+    queries, keys, values = (
+        part(x).unflatten(-1, (-1, 8)).transpose(1, 2) for part in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
+    wanted = layer.o_proj(_plain(queries, keys, values).transpose(1, 2).flatten(2).float())
+    torch.testing.assert_close(layer(x, None), wanted, rtol=1e-5, atol=1e-6)

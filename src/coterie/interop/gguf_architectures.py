@@ -88,7 +88,7 @@ def _problems(config: TransformerConfig, family: str) -> list[str]:
             problems.append(f"{name} = {value!r} (there it is {wanted!r})")
     if config.activation != "swiglu":
         problems.append(f"activation = {config.activation!r} (there it is 'swiglu')")
-    if config.rotary_scaling is not None:
+    if config.rotary_scaling is not None and "rotary_scaling =" not in named:
         problems.append(f"rotary_scaling = {config.rotary_scaling!r} (there it is None)")
     if architecture.needs_shared and not config.shared_hidden_dim:
         problems.append("shared_hidden_dim = 0 (there it is positive)")

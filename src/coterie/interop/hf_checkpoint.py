@@ -1,6 +1,6 @@
 """transformers' checkpoints as coterie models, and coterie models as transformers' checkpoints.
 
-Every weight of a checkpoint has its place in a coterie tensor, whole or a part of it: `_places` is that list, made from
+Every weight of a checkpoint has its place in a coterie tensor, whole or a part of it: `hf_places` makes that list from
 the family's table; loading copies along it, saving along it backwards. So what is read and written again is equal, bit
 for bit. Nothing is guessed from shapes, and every weight's shape is checked before the first is read.
 """
@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,8 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coterie.interop._exported import optional
-from coterie.interop.hf_config import config_from_hf, config_to_hf, differences, family_of, fitting
+from coterie.interop.hf_config import config_from_hf, config_to_hf, differences, family_of, fitting, is_mxfp4
 from coterie.interop.hf_families import FAMILIES, Family
+from coterie.interop.hf_mxfp4 import dequantized_headers, dequantized_weights
+from coterie.interop.hf_places import LAYER, Header, Place, places_of
 from coterie.models.config import TransformerConfig
 from coterie.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, write_atomically
 from coterie.models.transformer import Transformer
@@ -33,43 +35,7 @@ if TYPE_CHECKING:
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 # Buffers that old checkpoints have, which the config says already.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _HEAD = "lm_head.weight"
-
-
-class _Place(NamedTuple):
-    """Where a weight of a checkpoint stands in a coterie model: `state_dict()[name][index]`.
-
-    Where there are several names, its rows are theirs in turn, group by group.
-    """
-
-    names: tuple[str, ...]
-    index: tuple[int | slice, ...] = ()
-    groups: int = 1
-
-    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weight; a view where it stands in one tensor."""
-        if len(self.names) == 1:
-            return tensors[self.names[0]][self.index]
-        return torch.cat(self._grouped(tensors), 1).flatten(0, 1)
-
-    def fill(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Copy a weight there."""
-        if len(self.names) == 1:
-            self.of(tensors).copy_(weight)
-            return
-        parts = self._grouped(tensors)
-        rows = weight.unflatten(0, (self.groups, -1)).split([part.shape[1] for part in parts], 1)
-        for part, own in zip(parts, rows, strict=True):
-            part.copy_(own)
-
-    def _grouped(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        return [tensors[name].unflatten(0, (self.groups, -1)) for name in self.names]
-
-
-class _Header(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def from_hf(
@@ -82,6 +48,7 @@ def from_hf(
     """A transformers checkpoint as coterie's `Transformer`: the same logits, from the same weights.
 
     The checkpoint's safetensors files are read one weight at a time, so memory holds the model and one weight more.
+    Experts in MXFP4, as gpt_oss's are published, become bfloat16, exactly; `to_hf` writes them as that.
     The families are those of `coterie.interop.hf_families.FAMILIES`. transformers' own config stays with the model as
     `model.hf_config`, for `to_hf` to write what coterie has no field for (token ids, dropout) as it was.
 
@@ -103,10 +70,13 @@ def from_hf(
         hf_config = _read_hf_config(folder)
         files = _weight_files(folder)
         headers, weights = _headers(files), _weights(files)
+        if is_mxfp4(hf_config):
+            headers, weights = dequantized_headers(headers), dequantized_weights(weights)
+            del hf_config.quantization_config
     else:
         hf_config = path_or_model.config
         theirs = _on_disk_names(path_or_model)
-        headers = {name: _Header(tuple(t.shape), t.dtype) for name, t in theirs.items()}
+        headers = {name: Header(tuple(t.shape), t.dtype) for name, t in theirs.items()}
         weights = theirs.items()
     family = family_of(hf_config.model_type)
     config = config_from_hf(hf_config)
@@ -160,7 +130,7 @@ def to_hf(
     hf_config = _their_config(model, family)
     chosen = FAMILIES[hf_config.model_type]
     tensors = model.state_dict()
-    places = dict(_places(tensors, model.config, chosen.weights, chosen.linear_weights))
+    places = dict(places_of(tensors, model.config, chosen.weights, chosen.linear_weights))
     if unplaced := sorted(tensors.keys() - {name for place in places.values() for name in place.names}):
         raise ValueError(
             f"a {chosen.model_type} checkpoint has no place for {unplaced[0]} and {len(unplaced) - 1} more of the "
@@ -201,7 +171,8 @@ def _local_folder(path: str | os.PathLike, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        files = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": "*/*"}  # other formats have folders
+        return Path(snapshot_download(path, revision=revision, **files))
     except Exception as error:  # whatever the hub's client raises without a network, a name or a right
         raise FileNotFoundError(f"{path} is no folder, and the hub gave none of that name: {error}") from error
 
@@ -241,16 +212,16 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _headers(files: Iterable[Path]) -> dict[str, _Header]:
+def _headers(files: Iterable[Path]) -> dict[str, Header]:
     """Shape and dtype of every weight, from the files' headers alone."""
-    headers: dict[str, _Header] = {}
+    headers: dict[str, Header] = {}
     for path in files:
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 weight = file.get_tensor(name)  # mapped, not read
                 if name in headers:
                     raise ValueError(f"{name} is twice in the checkpoint, the second time in {path.name}")
-                headers[name] = _Header(tuple(weight.shape), weight.dtype)
+                headers[name] = Header(tuple(weight.shape), weight.dtype)
     return headers
 
 
@@ -275,43 +246,14 @@ def _on_disk_names(model: "PreTrainedModel") -> Mapping[str, Tensor]:
     return revert_weight_conversion(model, model.state_dict())
 
 
-# --- places
+# --- checking
 
 
-def _places(
-    tensors: Mapping[str, Tensor],
-    config: TransformerConfig,
-    table: Mapping[str, str | tuple[str, ...]],
-    linear: Mapping[str | tuple[str, ...], str],
-) -> Iterator[tuple[str, _Place]]:
-    """(their name, its place) of all weights that a table knows; of linear attention, the table of that name."""
-    heads = config.linear_num_key_heads or config.linear_num_heads or config.num_heads
-    for ours, tensor in tensors.items():
-        layer, prefix, part = "", "", ours
-        if match := _LAYER.fullmatch(ours):
-            layer, prefix, part = f"layers.{match[1]}.", f"model.layers.{match[1]}.", match[2]
-        if layer and part.startswith("mixer.") and config.layer_mixers[int(match[1])] == "linear_attention":
-            for names, theirs in linear.items():
-                names = (names,) if isinstance(names, str) else names
-                if part == names[0]:
-                    yield prefix + theirs, _Place(tuple(layer + name for name in names), (), heads)
-            continue
-        if part not in table:
-            continue
-        templates = (table[part],) if isinstance(table[part], str) else table[part]
-        for expert in range(len(tensor)) if "{e}" in templates[0] else (None,):
-            above: tuple[int, ...] = () if expert is None else (expert,)
-            height = tensor.shape[len(above)] // len(templates)
-            for position, template in enumerate(templates):
-                rows = (slice(position * height, (position + 1) * height),) if len(templates) > 1 else ()
-                yield prefix + template.replace("{e}", str(expert)), _Place((ours,), above + rows)
-
-
-def _checked_places(model: Transformer, family: Family, headers: Mapping[str, _Header]) -> dict[str, _Place]:
+def _checked_places(model: Transformer, family: Family, headers: Mapping[str, Header]) -> dict[str, Place]:
     """The places of the checkpoint's weights; ValueError unless they fill the model, each part once."""
     tensors = model.state_dict()
-    wanted = dict(_places(tensors, model.config, family.weights, family.linear_weights))
-    stacked = dict(_places(tensors, model.config, family.stacked_weights, {}))
+    wanted = dict(places_of(tensors, model.config, family.weights, family.linear_weights))
+    stacked = dict(places_of(tensors, model.config, family.stacked_weights, {}))
     places = {name: place for name, place in {**wanted, **stacked}.items() if name in headers}
     problems = []
     for name, place in places.items():
@@ -330,7 +272,7 @@ def _checked_places(model: Transformer, family: Family, headers: Mapping[str, _H
             problems.append(f"{name} is there twice, alone and among {family.stacked_weights.values()}")
     unread = []
     for name in headers.keys() - places.keys():
-        match = _LAYER.fullmatch(name.removeprefix("model."))
+        match = LAYER.fullmatch(name.removeprefix("model."))
         if name.startswith("mtp.") or (match and int(match[1]) >= model.config.num_layers):
             unread.append(name)
         elif not _DERIVED.search(name) and not (name == _HEAD and model.head is None):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from coterie.interop.hf_families import FAMILIES, Family
 from coterie.models.config import TransformerConfig
 from coterie.modules.rotary import ROTARY_SCALINGS, parse_rotary_scaling
+from coterie.ops.activations import parse_activation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -23,6 +24,11 @@ def family_of(model_type: str | None) -> Family:
     return FAMILIES[model_type]
 
 
+def is_mxfp4(hf_config: "PreTrainedConfig") -> bool:
+    """Whether a checkpoint has its experts as `hf_mxfp4` reads them."""
+    return family_of(hf_config.model_type).mxfp4 and _quantization(hf_config) == "mxfp4"
+
+
 def config_from_hf(hf_config: "PreTrainedConfig") -> TransformerConfig:
     """coterie's config of a transformers config.
 
@@ -35,9 +41,11 @@ def config_from_hf(hf_config: "PreTrainedConfig") -> TransformerConfig:
             raise ValueError(f"coterie has no equivalent of {family.model_type}'s {name} = {value!r}")
     if not getattr(hf_config, "is_causal", True):  # of no family's fields, but transformers' masks ask for it
         raise ValueError(f"coterie has no equivalent of is_causal = {hf_config.is_causal!r}")
-    if quantization := getattr(hf_config, "quantization_config", None):
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ValueError(f"the weights are quantized ({method}): coterie loads those of 16 bits and more")
+    if method := _quantization(hf_config):
+        raise ValueError(
+            f"the weights are quantized ({method}): coterie loads those of 16 bits and more; have transformers "
+            "dequantize them as it loads them (for one, quantization_config=Mxfp4Config(dequantize=True))"
+        )
     if (activation := hf_config.hidden_act) not in ACTIVATIONS:
         raise ValueError(f"coterie has no equivalent of the activation hidden_act = {activation!r}")
 
@@ -46,8 +54,13 @@ def config_from_hf(hf_config: "PreTrainedConfig") -> TransformerConfig:
         value = getattr(hf_config, theirs, None)
         if theirs == "norm_topk_prob":  # None is False there
             value = bool(value)
+        if theirs == "sliding_window" and "sliding_attention" not in hf_config.layer_types:
+            continue
         if value is not None:
             ours |= dict.fromkeys(_several(names), value)
+    if family.clamped:
+        alpha, limit = float(hf_config.swiglu_alpha), float(hf_config.swiglu_limit)
+        ours["activation"] = f"swiglu(alpha={alpha!r}, limit={limit!r}, up_offset=1.0)"
     if family.optional_qk_norm:
         ours["qk_norm"] = "head" if hf_config.use_qk_norm else None
     if family.latent:
@@ -80,6 +93,11 @@ def config_to_hf(config: TransformerConfig, family: Family) -> dict[str, Any]:
     for name, names in family.fields.items():
         theirs[name] = getattr(config, _several(names)[0])
     theirs |= {name: accepted[0] for name, accepted in family.theirs.items()}
+    if family.clamped:
+        activation = parse_activation(config.activation)
+        theirs |= {"swiglu_alpha": activation.alpha, "swiglu_limit": activation.limit}
+    if "attention_window" in family.fields.values() and config.attention_window is None:
+        del theirs["sliding_window"]  # its masks want one, whether a layer has it or not
     theirs |= {"num_key_value_heads": config.num_kv_heads or config.num_heads}
     if "head_dim" in theirs:
         theirs["head_dim"] = head_dim
@@ -91,6 +109,7 @@ def config_to_hf(config: TransformerConfig, family: Family) -> dict[str, Any]:
     if family.layer_types:
         names = {ours: theirs for theirs, ours in family.layer_types.items()}
         theirs["layer_types"] = [names[mixer] for mixer in config.layer_mixers]
+    if family.linear_weights:
         heads = config.linear_num_heads or config.num_heads
         theirs["linear_num_value_heads"] = heads
         theirs["linear_num_key_heads"] = config.linear_num_key_heads or heads
@@ -99,7 +118,8 @@ def config_to_hf(config: TransformerConfig, family: Family) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rotary_scaling is not None:
         rope["rope_type"], parameters = parse_rotary_scaling(config.rotary_scaling)
-        rope |= {name: int(value) if name.startswith("original") else value for name, value in parameters.items()}
+        kinds = {"original_max_position_embeddings": int, "truncate": bool}
+        rope |= {name: kinds.get(name, float)(value) for name, value in parameters.items()}
     if family.partial_rotary:
         rotary_dim = config.rotary_dim or head_dim
         factor = rotary_dim / head_dim
@@ -145,8 +165,18 @@ def differences(config: TransformerConfig, family: Family) -> list[str]:
                 " and ".join(f"{name} = {getattr(config, name)!r}" for name in names) + " (there they agree)"
             )
     accepted = [ACTIVATIONS[name] for name in family.theirs.get("hidden_act", ACTIVATIONS)]
-    if config.activation not in accepted:
+    if family.clamped:
+        activation = parse_activation(config.activation)
+        if (activation.function, activation.gated, activation.up_offset) != ("silu", True, 1) or not activation.limit:
+            wanted = "'swiglu' with a limit and up_offset=1.0"
+            problems.append(f"activation = {config.activation!r} (there it is {wanted})")
+    elif config.activation not in accepted:
         problems.append(f"activation = {config.activation!r} (there it is one of {', '.join(accepted)})")
+    if (config.rotary_scaling or "").startswith("ntk"):
+        width = config.rotary_dim or config.head_dim or config.dim // config.num_heads
+        factor = parse_rotary_scaling(config.rotary_scaling)[1]["factor"]
+        theta = config.rope_theta * factor ** (width / max(width - 2, 1))
+        problems.append(f"rotary_scaling = {config.rotary_scaling!r} (there it is None with rope_theta = {theta!r})")
     if family.optional_qk_norm and config.qk_norm not in (None, "head"):
         problems.append(f"qk_norm = {config.qk_norm!r} (there it is None or 'head')")
     if family.shared and config.shared_hidden_dim % max(config.expert_hidden_dim, 1):
@@ -182,6 +212,11 @@ def _says_nothing(config: TransformerConfig, name: str) -> bool:
         return "latent_attention" not in config.mixers
     if name.startswith("linear_"):
         return "linear_attention" not in config.mixers
+    if name == "expert_bias":
+        return "moe" not in config.feed_forwards
+    if name == "rotary_layers":
+        pairs = zip(config.layer_rotary, config.layer_mixers, strict=True)
+        return all(rotary or mixer == "linear_attention" for rotary, mixer in pairs)
     if name == "shared_gate":
         return not config.shared_hidden_dim
     head_dim = config.dim // config.num_heads
@@ -212,19 +247,24 @@ def _pattern_problems(config: TransformerConfig, family: Family) -> list[str]:
 
 def _rotary(family: Family, hf_config: "PreTrainedConfig", head_dim: int) -> dict[str, Any]:
     rope = dict(hf_config.rope_parameters or {})
+    rope = {name: value for name, value in rope.items() if value is not None or name == "truncate"}  # None: False
     kind, scaling = rope.pop("rope_type", "default"), None
     factor = rope.pop("partial_rotary_factor", None) or 1.0
     if kind != "default":
-        known = ROTARY_SCALINGS.get(kind)
-        if known is None:
+        if kind not in ROTARY_SCALINGS or kind == "ntk":  # no rope_type of theirs
             raise ValueError(f"coterie has no equivalent of the rotary embedding's scaling, rope_type = {kind!r}")
         if family.latent and (value := rope.get("mscale_all_dim")):  # which scales the scores, with any rope_type
             raise ValueError(f"coterie has no equivalent of {family.model_type}'s mscale_all_dim = {value!r}")
-        if kind == "llama3":  # as transformers has it where a config leaves it out
+        if kind == "yarn" and rope.get("mscale") and rope.get("mscale_all_dim") and "attention_factor" not in rope:
+            raise ValueError("coterie has no equivalent of the rotary embedding's mscale beside mscale_all_dim")
+        needed, optional = ROTARY_SCALINGS[kind]
+        if "original_max_position_embeddings" in needed:  # as transformers has it where a config leaves it out
             rope.setdefault("original_max_position_embeddings", hf_config.max_position_embeddings)
-        if missing := known - rope.keys():
+        if missing := needed - rope.keys():
             raise ValueError(f"rope_parameters of rope_type {kind!r} lack {', '.join(sorted(missing))}")
-        scaling = f"{kind}({', '.join(f'{name}={float(rope[name])!r}' for name in sorted(known))})"
+        given = {name: rope[name] for name in sorted(needed | optional) if name in rope}
+        given = {name: bool(value) if name == "truncate" else float(value) for name, value in given.items()}
+        scaling = f"{kind}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
     if "rope_theta" not in rope:
         raise ValueError("the config has no rope_theta in its rope_parameters")
     theta = rope.pop("rope_theta")
@@ -233,6 +273,14 @@ def _rotary(family: Family, hf_config: "PreTrainedConfig", head_dim: int) -> dic
     return {"rope_theta": theta, "rotary_scaling": scaling} | (
         {"rotary_dim": int(head_dim * factor)} if factor != 1.0 else {}
     )
+
+
+def _quantization(hf_config: "PreTrainedConfig") -> str | None:
+    """The method by which a checkpoint or a model in memory is quantized."""
+    quantization = getattr(hf_config, "quantization_config", None)
+    if isinstance(quantization, Mapping):
+        return quantization.get("quant_method", "by no method that is named")
+    return quantization and str(getattr(quantization.quant_method, "value", quantization.quant_method))
 
 
 def _mixers(family: Family, hf_config: "PreTrainedConfig") -> tuple[str, ...]:

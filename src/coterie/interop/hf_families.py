@@ -59,6 +59,21 @@ _STACKED_EXPERTS = {
 
 
 @dataclass(frozen=True)
+class Stored:
+    """Where a weight stands, if not as in ours.
+
+    Attributes:
+        name: theirs.
+        transposed: with its last two dimensions the other way round.
+        in_turns: gate and up in turns along its last dimension; ours has gate, then up.
+    """
+
+    name: str
+    transposed: bool = False
+    in_turns: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One model type of transformers.
 
@@ -73,6 +88,8 @@ class Family:
         partial_rotary: rope_parameters may have a partial_rotary_factor.
         optional_qk_norm: use_qk_norm says whether queries and keys have the norm of every head.
         layer_types: what their layer_types calls our mixers; empty: it has none, and all layers mix alike.
+        mxfp4: checkpoints may have their experts in MXFP4, with names that end in _blocks and _scales.
+        clamped: the activation is "swiglu" with swiglu_alpha and swiglu_limit, and 1 added to up.
         latent: the attention is latent, and the width of a head is said in two parts, qk_nope_head_dim and
             qk_rope_head_dim.
         weights: our names of weights, without layers.<i>, → theirs, without model.layers.<i>. Several: one above the
@@ -91,8 +108,10 @@ class Family:
     partial_rotary: bool = False
     optional_qk_norm: bool = False
     layer_types: Mapping[str, str] = field(default_factory=dict)
+    mxfp4: bool = False
+    clamped: bool = False
     latent: bool = False
-    weights: Mapping[str, str | tuple[str, ...]] = field(default_factory=lambda: _EXPERT_WEIGHTS)
+    weights: Mapping[str, str | tuple[str, ...] | Stored] = field(default_factory=lambda: _EXPERT_WEIGHTS)
     linear_weights: Mapping[str | tuple[str, ...], str] = field(default_factory=dict)
     stacked_weights: Mapping[str, str] = field(default_factory=lambda: _STACKED_EXPERTS)
 
@@ -260,6 +279,38 @@ FAMILIES = {
                 "feed_forward.router.weight": "block_sparse_moe.router.layer.weight",
                 "feed_forward.experts.gate_up_proj": "block_sparse_moe.input_linear.weight",
                 "feed_forward.experts.down_proj": "block_sparse_moe.output_linear.weight",
+            },
+            stacked_weights={},
+        ),
+        Family(
+            "gpt_oss",
+            fields={
+                **_FIELDS,
+                "num_local_experts": "num_experts",
+                "num_experts_per_tok": "top_k",
+                "intermediate_size": "expert_hidden_dim",
+                "attention_bias": ("qkv_bias", "output_bias"),
+                "sliding_window": "attention_window",
+            },
+            ours={
+                "router_order": "after",
+                "router_bias": True,
+                "expert_bias": True,
+                "attention_sink_logits": True,
+            },
+            theirs={"hidden_act": ("silu",)},
+            layer_types={"sliding_attention": "window_attention", "full_attention": "attention"},
+            mxfp4=True,
+            clamped=True,
+            weights={
+                **_WEIGHTS,
+                "mixer.sink_logits": "self_attn.sinks",
+                "feed_forward.router.weight": "mlp.router.weight",
+                "feed_forward.router.bias": "mlp.router.bias",
+                "feed_forward.experts.gate_up_proj": Stored("mlp.experts.gate_up_proj", transposed=True, in_turns=True),
+                "feed_forward.experts.gate_up_bias": Stored("mlp.experts.gate_up_proj_bias", in_turns=True),
+                "feed_forward.experts.down_proj": Stored("mlp.experts.down_proj", transposed=True),
+                "feed_forward.experts.down_bias": "mlp.experts.down_proj_bias",
             },
             stacked_weights={},
         ),

@@ -55,7 +55,7 @@ def to_onnx(model: Transformer, path: str | os.PathLike) -> str:
         What was verified: the largest error of the logits over sequences of several lengths.
 
     Raises:
-        ValueError: the model has linear attention, windows, blocks or sink logits.
+        ValueError: the model has linear attention, windows, blocks, sink logits or biases in its experts.
         ImportError: onnx, onnxscript or onnxruntime is not installed (pip install 'coterie[export]').
         VerificationError: onnxruntime computes something else; nothing is left at `path`, or what was there before.
     """
@@ -69,6 +69,8 @@ def to_onnx(model: Transformer, path: str | os.PathLike) -> str:
             f"export to ONNX has no windows, blocks and sink logits yet, got mixers = {config.mixers}, "
             f"attention_sink_logits = {config.attention_sink_logits}"
         )
+    if config.expert_bias and "moe" in config.feed_forwards:
+        raise ValueError("export to ONNX has no biases in experts yet, got expert_bias = True")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         optional(package)
     path = checked_file(path)
@@ -167,7 +169,7 @@ def _sort(values: Any, stable: bool | None = True, dim: int = -1, descending: bo
 
 def _expert_mlp_node(x, expert_ids, weights, gate_up_proj, down_proj, gate_up_bias, down_bias, addend, activation, *_):
     """coterie::expert_mlp as a node that `_expert_mlp_text` is the meaning of; but for y its outputs are not used."""
-    assert (gate_up_bias, down_bias, addend) == (None, None, None), "no Transformer has biases in its experts"
+    assert (gate_up_bias, down_bias, addend) == (None, None, None), "refused before"
     inputs = (x, expert_ids, weights, gate_up_proj, down_proj)
     y = torch.onnx.ops.symbolic(f"{_DOMAIN}::expert_mlp", inputs, dtype=x.dtype, shape=x.shape, version=1)
     unused = x.new_empty(0)

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from coterie.modules.attention import QK_NORMS
 from coterie.modules.linear_attention import RULES
-from coterie.modules.rotary import parse_rotary_scaling
+from coterie.modules.rotary import RotaryEmbedding
 from coterie.modules.sparse_attention import COMPRESSIONS, SCORERS
 from coterie.ops import activation_is_gated
 
@@ -42,6 +42,8 @@ class TransformerConfig:
         shared_gate: weigh the shared expert by a sigmoid of a projection of the token (qwen2_moe).
         router_score, router_order, router_normalize, router_scale, router_groups, router_top_groups,
             router_group_score: how experts are chosen and weighted; see `coterie.ops.route_topk`.
+        router_bias: a learned bias on the router's logits (gpt_oss).
+        expert_bias: biases on both layers of every expert (gpt_oss); not of the shared expert, nor of an "mlp".
         selection_bias: balance the experts by a bias on the choice, updated by the trainer, without a gradient
             (arXiv:2408.15664).
         kv_rank: width of the latent that "latent_attention" makes keys and values from; 0 if there is none.
@@ -79,6 +81,8 @@ class TransformerConfig:
             left as they are (glm4_moe); even; None: all P. Of "latent_attention" the last channels, and not all.
         rotary_interleaved: the rotary embedding turns pairs of neighbouring channels (deepseek_v3), not those half of
             its width apart.
+        rotary_layers: whether each layer has the rotary embedding (SmolLM3 and Llama 4 have some without); a pattern
+            as `mixers` is. "linear_attention" has none whatever it says.
         embedding_scale, residual_scale, logit_divisor: x = embedding_scale · embedding; x + residual_scale · layer(x);
             logits = head(x) / logit_divisor (granitemoe).
         norm_eps: of every RMSNorm but those within "latent_attention", which have 1e-6 as DeepSeek's.
@@ -113,6 +117,8 @@ class TransformerConfig:
     router_groups: int = 1
     router_top_groups: int = 1
     router_group_score: str = "max"
+    router_bias: bool = False
+    expert_bias: bool = False
     selection_bias: bool = False
     kv_rank: int = 0
     query_rank: int | None = None
@@ -143,6 +149,7 @@ class TransformerConfig:
     rotary_scaling: str | None = None
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
+    rotary_layers: tuple[bool, ...] = (True,)
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
@@ -190,11 +197,12 @@ class TransformerConfig:
         if "moe" in self.feed_forwards:
             self._check_router()
         activation_is_gated(self.activation)
-        if self.rotary_scaling is not None:
-            parse_rotary_scaling(self.rotary_scaling)
+        rotary_dim = self.rotary_dim or self.head_dim or self.dim // self.num_heads
+        RotaryEmbedding(rotary_dim, self.rope_theta, self.rotary_scaling)
 
     def _check_patterns(self) -> None:
-        for name, accepted in (("mixers", MIXERS), ("feed_forwards", FEED_FORWARDS)):
+        patterns = {"mixers": MIXERS, "feed_forwards": FEED_FORWARDS, "rotary_layers": (True, False)}
+        for name, accepted in patterns.items():
             pattern = getattr(self, name)
             for entry in pattern:
                 if entry not in accepted:
@@ -326,6 +334,13 @@ class TransformerConfig:
     def layer_feed_forwards(self) -> tuple[str, ...]:
         """`feed_forwards` repeated to one entry a layer."""
         return self.feed_forwards * (self.num_layers // len(self.feed_forwards))
+
+    @property
+    def layer_rotary(self) -> tuple[bool, ...]:
+        """`rotary_layers` repeated to one entry a layer; False where the mixer is "linear_attention"."""
+        pattern = self.rotary_layers * (self.num_layers // len(self.rotary_layers))
+        mixers = zip(pattern, self.layer_mixers, strict=True)
+        return tuple(rotary and mixer != "linear_attention" for rotary, mixer in mixers)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON has them (tuples are lists)."""

@@ -123,5 +123,7 @@ def dense_twin(config: TransformerConfig, match: str = "active") -> TransformerC
         expert_hidden_dim=0,
         shared_hidden_dim=0,
         shared_gate=False,
+        router_bias=False,
+        expert_bias=False,
         selection_bias=False,
     )

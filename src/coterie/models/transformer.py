@@ -58,6 +58,7 @@ class TransformerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.residual_scale = config.residual_scale
+        self.has_rotary = config.layer_rotary[index]
         place = {"device": device, "dtype": dtype}
         self.mixer_norm = _norm(config, **place)
         self.mixer: Attention | LatentAttention | LinearAttention
@@ -94,13 +95,14 @@ class TransformerLayer(nn.Module):
 
         block_ids: of an earlier layer, for sparse attention that does not choose.
         """
+        turns = rotary if self.has_rotary else None
         h, where, selection = self.mixer_norm(x), {"token_mask": token_mask, "cache_layer": cache_layer}, None
         if not isinstance(self.mixer, SparseAttention):
-            y = self.mixer(h, rotary, **where)
+            y = self.mixer(h, turns, **where)
         elif self.mixer.scorer is None:
-            y = self.mixer(h, rotary, block_ids=block_ids, **where)
+            y = self.mixer(h, turns, block_ids=block_ids, **where)
         else:
-            y, selection = self.mixer(h, rotary, return_selection=True, **where)
+            y, selection = self.mixer(h, turns, return_selection=True, **where)
         x = x + _scaled(y, self.residual_scale)
         h, routing = self.feed_forward_norm(x), None
         if isinstance(self.feed_forward, MoE):
@@ -344,6 +346,7 @@ def _moe(config: TransformerConfig, **place) -> MoE:
         num_groups=config.router_groups,
         top_groups=config.router_top_groups,
         group_score=config.router_group_score,
+        bias=config.router_bias,
         selection_bias=config.selection_bias,
         **place,
     )
@@ -353,6 +356,7 @@ def _moe(config: TransformerConfig, **place) -> MoE:
         config.num_experts,
         config.top_k,
         activation=config.activation,
+        bias=config.expert_bias,
         shared_hidden_dim=config.shared_hidden_dim,
         shared_gate=config.shared_gate,
         router=router,

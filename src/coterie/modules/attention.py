@@ -20,7 +20,7 @@ class Attention(nn.Module):
     """Every position attends to itself and to those before it, or to the last few of them.
 
     1. q, k, v = projections of x, split into H query heads and G key/value heads of width P
-    2. q, k = rotary(norm(q)), rotary(norm(k)); the norm only with `qk_norm`
+    2. q, k = rotary(norm(q)), rotary(norm(k)); the norm only with `qk_norm`, the rotary only if it is given
     3. with a cache: append k and v to it, and read back all there are so far
     4. y[h] = softmax(scale · q[h] · k[g]ᵀ, over positions that are not later, not padding and in the window) · v[g],
        where H/G consecutive query heads share a key/value head; with `sink_logits` exp(s[h]) is in the denominator too
@@ -133,7 +133,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor] | None,
         *,
         token_mask: Tensor | None = None,
         cache_layer: AttentionCache | WindowCache | None = None,
@@ -142,7 +142,8 @@ class Attention(nn.Module):
 
         Args:
             x: [B, L, D].
-            rotary: (cos, sin) of the L positions, from `RotaryEmbedding`: each [L, P/2] or [B, L, P/2].
+            rotary: (cos, sin) of the L positions, from `RotaryEmbedding`: each [L, P/2] or [B, L, P/2]. None: queries
+                and keys are not turned, and nothing tells positions apart but causality (arXiv:2305.19466).
             token_mask: [B, L] bool, False = padding, anywhere in a sequence; a window does not count it. Nothing
                 attends to padding, whatever it contains, NaN included; what a padding position attends to is zero.
             cache_layer: what came before x, to which x's keys and values are appended. No gradients through it.
@@ -161,7 +162,7 @@ class Attention(nn.Module):
             y = sparse_attention(*rows, token_mask=key_mask, **settings)
         return self._output(y, gate)
 
-    def _heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _heads(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries [B, H, L, P], keys and values [B, G, L, P], and what gates the output [B, L, H·P], if anything."""
         queries, keys, values = self._project(x)
         gate = None
@@ -172,9 +173,10 @@ class Attention(nn.Module):
         queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in (queries, keys, values))  # [B, L, .., P]
         if self.qk_norm == "head":
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        turned = apply_rotary(torch.cat((queries, keys), dim=2), rotary, self.rotary_interleaved).transpose(1, 2)
-        queries, keys = turned.split((self.num_heads, self.num_kv_heads), dim=1)
-        return queries, keys, values.transpose(1, 2), gate
+        if rotary is not None:
+            turned = apply_rotary(torch.cat((queries, keys), dim=2), rotary, self.rotary_interleaved)
+            queries, keys = turned.split((self.num_heads, self.num_kv_heads), dim=2)
+        return *(t.transpose(1, 2) for t in (queries, keys, values)), gate
 
     def _output(self, y: Tensor, gate: Tensor | None) -> Tensor:
         """What every head read, [B, L, H, P] → [B, L, D]."""

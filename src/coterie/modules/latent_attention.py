@@ -121,7 +121,7 @@ class LatentAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor] | None,
         *,
         token_mask: Tensor | None = None,
         cache_layer: AttentionCache | None = None,
@@ -131,22 +131,22 @@ class LatentAttention(nn.Module):
         Args:
             x: [B, L, D].
             rotary: (cos, sin) of the L positions, from `RotaryEmbedding(rotary_dim)`: each [L, rotary_dim/2] or
-                [B, L, rotary_dim/2].
+                [B, L, rotary_dim/2]. None: nothing is turned.
             token_mask: [B, L] bool, False = padding, anywhere in a sequence. Nothing attends to padding, whatever it
                 contains, NaN included; what a padding position attends to is zero.
             cache_layer: what came before x, to which x's latents are appended. No gradients through it.
         """
-        if (got := 2 * rotary[0].shape[-1]) != self.rotary_dim:
+        if rotary is not None and (got := 2 * rotary[0].shape[-1]) != self.rotary_dim:
             raise ValueError(f"rotary must be of rotary_dim = {self.rotary_dim} channels, got {got}")
         if token_mask is not None:
             x = without_padding(x, token_mask)
         queries = self.q_proj(x) if self.query_rank is None else self.q_b_proj(self.q_norm(self.q_a_proj(x)))
         queries = queries.unflatten(-1, (self.num_heads, self.head_dim))
         plain, turned = queries.split((self.head_dim - self.rotary_dim, self.rotary_dim), dim=-1)
-        turned = apply_rotary(turned, rotary, self.rotary_interleaved)  # [B, L, H, rotary_dim]
-
         latent, key = self.kv_a_proj(x).split((self.kv_rank, self.rotary_dim), dim=-1)
-        key = apply_rotary(key.unsqueeze(2), rotary, self.rotary_interleaved).squeeze(2)
+        if rotary is not None:
+            turned = apply_rotary(turned, rotary, self.rotary_interleaved)  # [B, L, H, rotary_dim]
+            key = apply_rotary(key.unsqueeze(2), rotary, self.rotary_interleaved).squeeze(2)
         rows, key_mask = torch.cat((self.kv_norm(latent), key), dim=-1).unsqueeze(1), token_mask  # [B, 1, L, ..]
         if cache_layer is not None:
             rows, _, key_mask = cache_layer.append(rows, rows[..., :0], token_mask)

@@ -11,10 +11,15 @@ from torch import Tensor, nn
 
 from coterie.ops._spec import parse_spec
 
-# Ways to stretch a trained model's positions, and their parameters.
+# Ways to stretch a trained model's positions, with the parameters they need and those that may be left out.
 ROTARY_SCALINGS = {
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "linear": ({"factor"}, set()),
+    "ntk": ({"factor"}, set()),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
+    "yarn": (
+        {"factor", "original_max_position_embeddings"},
+        {"beta_fast", "beta_slow", "truncate", "attention_factor"},
+    ),
 }
 
 
@@ -26,9 +31,20 @@ class RotaryEmbedding(nn.Module):
     Args:
         head_dim: P, even; of a partial rotation, the channels of a head that turn.
         theta: the base; the slowest pair turns once in about 2π·theta positions.
-        scaling: how the angles of a model that was trained on shorter texts are slowed down: "linear(factor=4.0)", all
-            alike (arXiv:2306.15595), or llama 3.1's "llama3(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-            original_max_position_embeddings=8192)", pairs that turn slowly alone. None: not at all.
+        scaling: how the angles of a model that was trained on shorter texts are slowed down. None: not at all.
+            "linear(factor=4.0)": all alike (arXiv:2306.15595).
+            "ntk(factor=4.0)": theta · factor^(P/(P-2)) for theta, so the fastest pair not at all and the slowest by the
+            factor.
+            "llama3(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)":
+            pairs that turn slowly alone (llama 3.1).
+            "yarn(factor=32.0, original_max_position_embeddings=4096)": those too, and all cosines and sines times
+            attention_factor (arXiv:2309.00071, as transformers has it). Optional: beta_fast=32.0, beta_slow=1.0, the
+            turns over the original length from which on a pair is left alone and below which it is slowed down by the
+            whole factor; truncate=True, the pairs where those lie are rounded outwards (gpt_oss has False);
+            attention_factor=0.1·ln(factor)+1.
+
+    Raises:
+        ValueError: a width, a base or a scaling that there is not; it is named.
     """
 
     def __init__(self, head_dim: int, theta: float = 10000.0, scaling: str | None = None) -> None:
@@ -41,16 +57,53 @@ class RotaryEmbedding(nn.Module):
         self.theta = theta
         self.scaling = scaling
         self._scaling = None if scaling is None else parse_rotary_scaling(scaling)
+        if self._scaling is not None and self._scaling[0] == "yarn" and theta <= 1:
+            raise ValueError(f"theta must be greater than 1 for the rotary scaling 'yarn', got {theta}")
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [.., L], integers → (cos, sin), each [.., L, P/2] float32."""
         # float32 whatever the model's dtype: bf16 cannot tell positions apart above 256.
         channels = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32)
         frequencies = 1.0 / self.theta ** (channels / self.head_dim)
+        factor = 1.0
         if self._scaling is not None:
-            frequencies = _scaled(frequencies, *self._scaling)
+            frequencies = self._scaled(frequencies, channels, *self._scaling)
+            factor = _attention_factor(*self._scaling)
         angles = positions.unsqueeze(-1).float() * frequencies
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+
+    def _scaled(self, frequencies: Tensor, channels: Tensor, name: str, parameters: dict[str, float]) -> Tensor:
+        """[P/2] slowed down; channels [P/2] are 0, 2, .. P-2."""
+        if name == "ntk":
+            return frequencies / parameters["factor"] ** (channels / max(self.head_dim - 2, 1))
+        slow = frequencies / parameters["factor"]
+        if name == "linear":
+            return slow
+        kept = self._kept_by_yarn(channels / 2, **parameters) if name == "yarn" else _kept(frequencies, **parameters)
+        return (1 - kept) * slow + kept * frequencies
+
+    def _kept_by_yarn(
+        self,
+        pairs: Tensor,
+        original_max_position_embeddings: float,
+        beta_fast: float = 32.0,
+        beta_slow: float = 1.0,
+        truncate: float = 1.0,
+        **_: float,
+    ) -> Tensor:
+        """[P/2]: 1 for pairs that turn fast enough to be left alone, 0 for slow ones, a line over pairs between."""
+        # Where a pair would stand that turns so often over the original length.
+        low, high = (
+            self.head_dim
+            * math.log(original_max_position_embeddings / (turns * 2 * math.pi))
+            / (2 * math.log(self.theta))
+            for turns in (beta_fast, beta_slow)
+        )
+        if truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.head_dim - 1)
+        return 1 - ((pairs - low) / (high - low or 0.001)).clamp(0, 1)
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, theta={self.theta}, scaling={self.scaling!r}"
@@ -61,26 +114,40 @@ def parse_rotary_scaling(text: str) -> tuple[str, dict[str, float]]:
     name, parameters = parse_spec(text, "rotary_scaling", "linear(factor=4.0)")
     if name not in ROTARY_SCALINGS:
         raise ValueError(f"rotary_scaling must be one of {', '.join(ROTARY_SCALINGS)}, got {text!r}")
-    if parameters.keys() != ROTARY_SCALINGS[name]:
-        raise ValueError(f"rotary_scaling {name!r} takes {sorted(ROTARY_SCALINGS[name])}, got {sorted(parameters)}")
+    needed, optional = ROTARY_SCALINGS[name]
+    if not needed <= parameters.keys() <= needed | optional:
+        besides = f" and may have {sorted(optional)}" if optional else ""
+        raise ValueError(f"rotary_scaling {name!r} takes {sorted(needed)}{besides}, got {sorted(parameters)}")
     for parameter, value in parameters.items():
-        if not 0 < value < math.inf:
+        if parameter == "truncate":
+            if value not in (0, 1):
+                raise ValueError(f"rotary_scaling's truncate must be True or False, got {value}")
+        elif not 0 < value < math.inf:
             raise ValueError(f"rotary_scaling's {parameter} must be positive, got {value}")
     if name == "llama3" and not parameters["low_freq_factor"] < parameters["high_freq_factor"]:
         raise ValueError(f"rotary_scaling's low_freq_factor must be less than its high_freq_factor, got {text!r}")
+    if name == "yarn" and not parameters.get("beta_slow", 1.0) < parameters.get("beta_fast", 32.0):
+        raise ValueError(f"rotary_scaling's beta_slow must be less than its beta_fast, got {text!r}")
     return name, parameters
 
 
-def _scaled(frequencies: Tensor, name: str, parameters: dict[str, float]) -> Tensor:
-    """[P/2] slowed down."""
-    slow = frequencies / parameters["factor"]
-    if name == "linear":
-        return slow
-    # Slow below low_freq_factor turns over the length trained on, as they are above high_freq_factor, between between.
-    turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * slow + kept * frequencies
+def _kept(
+    frequencies: Tensor,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: float,
+    **_: float,
+) -> Tensor:
+    """[P/2]: 0 below low_freq_factor turns over the length trained on, 1 above high_freq_factor, between between."""
+    turns = original_max_position_embeddings * frequencies / (2 * math.pi)
+    return ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+
+
+def _attention_factor(name: str, parameters: dict[str, float]) -> float:
+    """Of cosines and sines, so that its square is of the scores."""
+    if name != "yarn":
+        return 1.0
+    return parameters.get("attention_factor", 0.1 * math.log(max(parameters["factor"], 1)) + 1)
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:

@@ -143,7 +143,7 @@ arXiv:2512.02556 |
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor] | None,
         *,
         token_mask: Tensor | None = None,
         cache_layer: BlockCache | WindowCache | None = None,
@@ -154,7 +154,8 @@ arXiv:2512.02556 |
 
         Args:
             x: [B, L, D].
-            rotary: (cos, sin) of the L positions, from `RotaryEmbedding`: each [L, P/2] or [B, L, P/2].
+            rotary: (cos, sin) of the L positions, from `RotaryEmbedding`: each [L, P/2] or [B, L, P/2]; None: positions
+                do not turn.
             token_mask: [B, L] bool, False = padding, anywhere in a sequence; neither window nor blocks count it.
             cache_layer: what came before x, to which x is appended. No gradients through it.
             block_ids: [B, L, G, S] int64 of the blocks to see, for the scorer None, and only for it.
@@ -205,7 +206,7 @@ arXiv:2512.02556 |
         x: Tensor,
         q: Tensor,
         new: list[Tensor],
-        rotary: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor] | None,
         blocks: tuple[Tensor, ...] | None,
         place: int | Tensor,
         token_mask: Tensor | None,
@@ -322,15 +323,16 @@ class Indexer(nn.Module):
         self.k_norm.reset_parameters()
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool = False
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, interleaved: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, D] → queries [B, L, J, R], keys [B, L, 1, R] and weights [B, L, J]."""
-        width = 2 * rotary[0].shape[-1]
-        if width > self.head_dim:
-            raise ValueError(f"indexer_dim must be at least the {width} channels that turn, got {self.head_dim}")
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_norm(self.k_proj(x)).unsqueeze(2)
-        q, k = (apply_rotary(t, rotary, interleaved) for t in (q, k))
+        if rotary is not None:
+            width = 2 * rotary[0].shape[-1]
+            if width > self.head_dim:
+                raise ValueError(f"indexer_dim must be at least the {width} channels that turn, got {self.head_dim}")
+            q, k = (apply_rotary(t, rotary, interleaved) for t in (q, k))
         return q, k, self.weight_proj(x)
 
     def scores(self, q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
