@@ -6,8 +6,13 @@ from coterie.models.config import TransformerConfig
 
 # Three layers of linear attention (the gated delta rule) to one of full attention, as in Qwen3-Next and Kimi Linear.
 _HYBRID = ("linear_attention",) * 3 + ("attention",)
-# Of eight layers six are linear attention, one sees a window and the blocks it chooses, one sees all.
-_LONG = (*_HYBRID[:3], "sparse_attention", *_HYBRID)
+# Of eight layers six are linear attention, one sees a window and the blocks it chooses, one sees all: without rotary
+# embedding, as in Kimi Linear (arXiv:2510.26692), for the other layers know the order.
+_LONG = {
+    "mixers": (*_HYBRID[:3], "sparse_attention", *_HYBRID),
+    "rotary_layers": (True,) * 7 + (False,),
+    "max_length": 65536,
+}
 
 PRESETS: dict[str, TransformerConfig] = {
     # Bytes, and minutes on a laptop's two cores: the demo.
@@ -56,15 +61,13 @@ PRESETS |= {
     "tiny-long": replace(
         PRESETS["tiny"],
         num_layers=8,
-        mixers=_LONG,
         num_heads=4,
         num_kv_heads=1,
         linear_num_heads=2,
         linear_head_dim=64,
-        rope_theta=1e6,
-        max_length=65536,
+        **_LONG,
     ),
-    "mini-long": replace(PRESETS["mini"], mixers=_LONG, num_kv_heads=2, rope_theta=1e6, max_length=65536),
+    "mini-long": replace(PRESETS["mini"], num_kv_heads=2, **_LONG),
     # 4.1 B parameters, 0.8 B active, contexts of 262,144: for those who have many GPUs.
     "full-long": TransformerConfig(
         vocab_size=65536,
@@ -73,14 +76,12 @@ PRESETS |= {
         num_heads=12,
         num_kv_heads=2,
         head_dim=128,
-        mixers=_LONG,
         num_experts=64,
         top_k=6,
         expert_hidden_dim=384,
         shared_hidden_dim=384,
         qk_norm="head",
-        rope_theta=1e7,
-        max_length=262144,
+        **(_LONG | {"max_length": 262144}),
     ),
 }
 
