@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tyro.conf import arg
 
 import _bench
@@ -28,6 +29,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 BLOCK = 64
 FORWARD, BOTH, DECODE = "fwd", "fwd+bwd", "decode"
 OURS, WINDOW, SDPA = "coterie, window and blocks", "coterie, window alone", "SDPA, full attention"
+FLEX = "flex_attention, window and blocks"
 
 # What the library means to reach, times as fast as full attention: forward and backward, by length; a step of decoding.
 BOTH_BARS = {8192: 1.0, 16384: 4.0, 65536: 12.0}
@@ -68,6 +70,9 @@ class Options(_bench.Options):
     """Keys."""
     blocks: Annotated[int, arg(metavar="S")] = 16
     """S, of 64 keys."""
+    flex: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Measure flex_attention too, compiled (a minute a length), its mask made from the choice each time: forward alone,
+    the only pass that it has on a CPU."""
 
     def check(self) -> None:
         super().check()
@@ -112,7 +117,13 @@ def make_case(kind: str, length: int, dtype: str, options: Options) -> Case:
         )
     ]
     make = partial(make_inputs, length=1 if kind == DECODE else length, keys=length, dtype=getattr(torch, dtype))
-    return Case(labels, OURS, contenders, partial(make, options=options), warm_up=kind == DECODE)
+    make = partial(make, options=options)
+    if options.flex and kind == FORWARD:
+        run = partial(_flex, flex=torch.compile(flex_attention, dynamic=False), window=options.window)
+        _forward(run, make(options.seed))  # compiles
+        expected, tolerances = contenders[0].expected, contenders[0].tolerances
+        contenders.append(Contender(FLEX, partial(_forward, run), expected, tolerances, optional=True))
+    return Case(labels, OURS, contenders, make, warm_up=kind == DECODE)
 
 
 def make_inputs(seed: int, *, length: int, keys: int, dtype: torch.dtype, options: Options) -> Inputs:
@@ -164,6 +175,21 @@ def _full(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return (o if causal else o.flatten(1, 2).unsqueeze(2)).transpose(1, 2)
 
 
+def _flex(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, *, flex: Callable, window: int) -> Tensor:
+    """The same window and blocks, by a mask that says so."""
+    (_, length, heads, _), groups = q.shape, k.shape[2]
+    chosen = torch.zeros(length, groups, -(-length // BLOCK), dtype=torch.bool, device=q.device).scatter(
+        2, ids[0], True
+    )
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & ((query - key < window) | chosen[query, head // (heads // groups), key // BLOCK])
+
+    mask = create_block_mask(sees, 1, heads, length, length, device=q.device)
+    q, k, v = (t.detach().transpose(1, 2) for t in (q, k, v))
+    return flex(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
 # --- bars ---
 
 
@@ -190,7 +216,7 @@ def draw(results: Sequence[Result], facts: Mapping) -> "Figure":
         title="Sparse attention beside full attention",
         machine=facts,
         kinds={FORWARD: FORWARD, BOTH: BOTH, DECODE: "a step of decoding"},
-        names=(OURS, SDPA, WINDOW),
+        names=(OURS, SDPA, WINDOW, FLEX),
         steps=(DECODE,),
     )
 
