@@ -49,6 +49,8 @@ def test_cached_and_uncached_give_the_same_tokens(small_model, temperature, padd
     cached = generate(small_model, ids, 20, **options)
     assert torch.equal(cached, generate(small_model, ids, 20, use_cache=False, **options))
     assert cached.shape == (3, 28)
+    for chunk in (1, 3, 8, 50):
+        assert torch.equal(generate(small_model, ids, 20, prefill_chunk=chunk, **options), cached)
 
 
 def test_left_padding_changes_no_sequence(small_model):
@@ -170,6 +172,8 @@ def test_under_autocast_the_cache_is_in_autocast_s_dtype(small_model):
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"prefill_chunk": 0}, "prefill_chunk must be at least 1, and None without a cache, got 0"),
+        ({"prefill_chunk": 2, "use_cache": False}, "prefill_chunk must be .* None without a cache, got 2"),
         ({"stop": [[]]}, "stop must not have an empty sequence"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, r"input_ids must be \[B, L\] with B and L ≥ 1"),
         ({"token_mask": torch.tensor([[True, True, False]])}, "token_mask must end with a token"),

@@ -25,6 +25,7 @@ def generate(
     token_mask: Tensor | None = None,
     callback: Callable[[Tensor], object] | None = None,
     use_cache: bool = True,
+    prefill_chunk: int | None = None,
 ) -> Tensor:
     """Continue every sequence of a batch until it meets a stop or has `max_new_tokens` more.
 
@@ -43,11 +44,14 @@ def generate(
         token_mask: [B, L] bool, False = padding. The last position must be a token.
         callback: called with every step's [B] tokens as soon as they are chosen, for streaming.
         use_cache: keep keys and values; False computes everything again for every token, the same tokens slowly.
+        prefill_chunk: take prompts in by so many tokens at a time, in the memory that those need; None: all at once.
 
     Returns:
         [B, L + n] int64, prompts included; n ≤ max_new_tokens, less if all finished early.
     """
     _check(input_ids, max_new_tokens, temperature, top_k, top_p, seed, token_mask)
+    if prefill_chunk is not None and (prefill_chunk < 1 or not use_cache):
+        raise ValueError(f"prefill_chunk must be at least 1, and None without a cache, got {prefill_chunk}")
     device = input_ids.device
     stops = [torch.tensor([entry] if isinstance(entry, int) else list(entry), device=device) for entry in stop]
     if not all(map(len, stops)):
@@ -61,8 +65,10 @@ def generate(
     tokens, mask = input_ids.long(), token_mask
     fresh = prompt_length
     for _ in range(max_new_tokens):
-        step_mask = None if mask is None else mask[:, -fresh:]
-        logits = model(tokens[:, -fresh:], token_mask=step_mask, cache=cache, num_logits=1).logits[:, -1]
+        size = prefill_chunk or fresh
+        masks = [None] * -(-fresh // size) if mask is None else mask[:, -fresh:].split(size, 1)
+        for part, part_mask in zip(tokens[:, -fresh:].split(size, 1), masks, strict=True):
+            logits = model(part, token_mask=part_mask, cache=cache, num_logits=1).logits[:, -1]
         chosen = _sample(logits.float(), temperature, top_k, top_p, generator)  # [B]
         if stops:
             chosen = chosen.masked_fill(finished, pad_token)
