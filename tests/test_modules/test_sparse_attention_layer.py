@@ -1,9 +1,11 @@
 """`SparseAttention`: each scorer as its paper has it, whole as in steps, and what its parts learn from."""
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
-from _check import relative_error
+from _check import fuzz, relative_error
 from coterie.modules import Attention, RotaryEmbedding, SparseAttention
 from coterie.ops import indexer_loss, select_blocks, selected_mass, sparse_attention
 
@@ -211,8 +213,11 @@ def test_select_blocks():
     scores = torch.tensor([[1.0, 5.0, 5.0, -torch.inf, 2.0, -0.0]]).expand(1, 1, 1, 6)
 
     def chosen(position, number, **settings):
-        ids = select_blocks(scores, torch.tensor([[position]]), number, 4, **({"local": 1} | settings))
+        settings = {"local": 1} | settings
+        ids = select_blocks(scores, torch.tensor([[position]]), number, 4, **settings)
         assert ids.shape == (1, 1, 1, number)
+        alone = select_blocks(scores, position, number, 4, **settings)
+        assert torch.equal(alone.sort().values, ids.sort().values)
         return ids.flatten().tolist()
 
     assert sorted(chosen(25, 3)) == [1, 2, 6]  # the own block, 6, is not among the scores
@@ -225,6 +230,25 @@ def test_select_blocks():
     assert sorted(chosen(2, 7)) == [-1] * 6 + [0]
     with pytest.raises(ValueError, match=r"num_blocks must be at least 1 and first \+ local = 3, .* got 2"):
         chosen(2, 2, first=1, local=2)
+
+
+@fuzz
+@hypothesis.given(
+    position=st.integers(0, 60),
+    number=st.integers(1, 8),
+    size=st.integers(1, 5),
+    window=st.integers(0, 20),
+    first=st.integers(0, 2),
+    local=st.integers(0, 2),
+)
+def test_one_query_chooses_as_many_do(position, number, size, window, first, local):
+    hypothesis.assume(first + local <= number)
+    generator = torch.Generator().manual_seed(position)
+    scores = torch.randint(-2, 3, (2, 61, 3, 61), generator=generator).float()  # many as good
+    settings = {"window": window, "first": first, "local": local}
+    many = select_blocks(scores, 0, number, size, **settings)
+    one = select_blocks(scores[:, position : position + 1], position, number, size, **settings)
+    assert torch.equal(one.sort().values, many[:, position : position + 1].sort().values)
 
 
 def test_mass_of_blocks():

@@ -233,9 +233,6 @@ arXiv:2512.02556 |
                 weights = q.new_full((len(new), self.block_size, 1, 1), 1 / self.block_size, dtype=wide)
             for block, t, weight in zip(blocks, new, weights, strict=True):
                 add_to_blocks(block, t, weight, place, token_mask)
-            positions = place
-            if not isinstance(place, Tensor):
-                positions = torch.arange(place, place + length, device=x.device).unsqueeze(0)
             choose = partial(
                 select_blocks,
                 num_blocks=self.num_blocks,
@@ -246,20 +243,22 @@ arXiv:2512.02556 |
             )
 
             def step(rows: slice, count: int) -> tuple[Tensor | None, ...]:
-                at, o, found = positions[:, rows], None, None
+                at = place[:, rows] if isinstance(place, Tensor) else place + rows.start
+                o = found = None
                 own = [block[:, :count] for block in blocks]
                 if self.scorer == "moba":
                     summed = q[:, rows].to(wide).unflatten(2, (groups, -1)).sum(3)
                     scores = torch.einsum("blgp,bngp->blgn", summed, own[0])
                 elif self.scorer == "nsa":
-                    behind = (torch.arange(count, device=x.device) + 1) * self.block_size <= at.unsqueeze(-1) + 1
+                    behind = _blocks_behind(at, rows.stop - rows.start, count, self.block_size, x.device)
                     o, scores = attend_to_blocks(q[:, rows].to(wide), *own, behind, self.scale)
                 else:
                     scores = self.indexer.scores(index[0][:, rows], own[0], index[2][:, rows])
                 ids = choose(scores, at)
                 if index is not None:
                     if learns:
-                        found = _scores_of(scores, ids, at, self.block_size)
+                        behind = _blocks_behind(at, rows.stop - rows.start, count + 1, self.block_size, x.device)
+                        found = _scores_of(scores, ids, behind)
                     ids = ids.expand(-1, -1, groups, -1)
                 return ids, o, found
 
@@ -363,8 +362,15 @@ def attend_to_blocks(
     return torch.einsum("blgrn,bngp->blgrp", weights, values).flatten(2, 3), weights.detach().sum(3)
 
 
-def _scores_of(scores: Tensor, ids: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """scores [B, L, 1, n] of the blocks ids [B, L, 1, S]: [B, L, S], −∞ where they were not chosen by their score."""
+def _blocks_behind(positions: int | Tensor, length: int, count: int, block_size: int, device: torch.device) -> Tensor:
+    """[B or 1, L, n] bool: whether a block lies wholly before a query, or ends with it."""
+    if not isinstance(positions, Tensor):
+        positions = torch.arange(positions, positions + length, device=device).unsqueeze(0)
+    return (torch.arange(count, device=device) + 1) * block_size <= positions.unsqueeze(-1) + 1
+
+
+def _scores_of(scores: Tensor, ids: Tensor, behind: Tensor) -> Tensor:
+    """scores [B, L, 1, n] of the blocks ids [B, L, 1, S]: [B, L, S], −∞ where they are not behind [B or 1, L, n+1]."""
     scores, ids = F.pad(scores, (0, 1)).squeeze(2), ids.squeeze(2)
-    by_score = (ids >= 0) & ((ids + 1) * block_size <= positions.unsqueeze(-1) + 1)
-    return scores.gather(2, ids.clamp(min=0)).masked_fill(~by_score, -torch.inf)
+    scores = scores.masked_fill(~behind, -torch.inf)
+    return scores.gather(2, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)

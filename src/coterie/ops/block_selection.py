@@ -56,13 +56,20 @@ def add_to_blocks(
 
 
 def select_blocks(
-    scores: Tensor, positions: Tensor, num_blocks: int, block_size: int, *, window: int = 0, first: int = 0, local: int
+    scores: Tensor,
+    positions: int | Tensor,
+    num_blocks: int,
+    block_size: int,
+    *,
+    window: int = 0,
+    first: int = 0,
+    local: int,
 ) -> Tensor:
     """The best of the blocks that a query has wholly behind it; the lower one of two that are as good.
 
     Args:
         scores: [B, L, G, n] of blocks 0 .. n-1. A query's own block may be the n-th.
-        positions: [B or 1, L] int64, of the queries.
+        positions: [B, L] int64, of the queries; or that of the first, from which on they are.
         num_blocks: S.
         block_size: Q.
         window: blocks that lie within the last so many keys are not for choice: a query sees those anyway.
@@ -78,6 +85,10 @@ def select_blocks(
             f"num_blocks must be at least 1 and first + local = {first + local}, which are always among them, "
             f"got {num_blocks}"
         )
+    if scores.shape[1] == 1 and not isinstance(positions, Tensor):
+        return _select_for_one(scores, positions, num_blocks, block_size, window, first, local)
+    if not isinstance(positions, Tensor):
+        positions = torch.arange(positions, positions + scores.shape[1], device=scores.device).unsqueeze(0)
     n = scores.shape[-1] + 1
     at = positions[..., None, None]
     block = torch.arange(n, device=scores.device)
@@ -89,13 +100,45 @@ def select_blocks(
     if n <= num_blocks:
         ids = torch.where(behind | always, block, -1).expand(*scores.shape[:3], n)
         return F.pad(ids, (0, num_blocks - n), value=-1)
-    # Integers that order as the scores do, and by block where those are equal: the same blocks on every device, for one
-    # query and for many.
-    bits = (F.pad(scores.detach().float(), (0, 1)) + 0.0).view(torch.int32)
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    bits = torch.where(behind, bits, -(2**31)).masked_fill(always, 2**31 - 1)
-    best = ((bits << 32) + (n - 1 - block)).topk(num_blocks, -1).values
-    return torch.where(best >> 32 == -(2**31), -1, n - 1 - (best & 0xFFFFFFFF))
+    keys = _sortable(F.pad(scores, (0, 1)))
+    keys = torch.where(behind, keys, _NEVER).masked_fill(always, _ALWAYS) + (n - 1 - block)
+    best = keys.topk(num_blocks, -1).values
+    return torch.where(best < _NEVER + n, -1, n - 1 - (best & 0xFFFFFFFF))
+
+
+# Before the keys of all scores, and behind them.
+_NEVER, _ALWAYS = -(2**31) << 32, (2**31 - 1) << 32
+
+
+def _sortable(scores: Tensor) -> Tensor:
+    """int64 that order as the scores do, with room for 32 bits: those that are equal order by what is put there.
+
+    So the same blocks are chosen on every device, and for one query as for many.
+    """
+    bits = (scores.detach().float() + 0.0).view(torch.int32)  # −0 is 0
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
+
+
+def _select_for_one(
+    scores: Tensor, position: int, num_blocks: int, block_size: int, window: int, first: int, local: int
+) -> Tensor:
+    """The same of a single query at a known position, in fewer operations: decoding."""
+    own, stop = position // block_size, (position + 1) // block_size
+    if window:
+        stop = min(stop, (position - window) // block_size + 1)
+    start, stop = min(first, own + 1), min(stop, own - local + 1)
+    always = sorted({*range(start), *range(max(own - local + 1, 0), own + 1)})
+    n, wanted = max(stop - start, 0), num_blocks - len(always)
+    block = torch.arange(start, start + n, device=scores.device)
+    if n > wanted:
+        best = (_sortable(scores[..., start:stop]) - block).topk(wanted, -1).values
+        chosen = -best & 0xFFFFFFFF
+    else:
+        chosen = block.expand(*scores.shape[:3], n)
+    told = always + [-1] * (wanted - chosen.shape[-1])
+    if not told:
+        return chosen
+    return torch.cat((torch.tensor(told, device=scores.device).expand(*scores.shape[:3], -1), chosen), -1)
 
 
 def selected_mass(
