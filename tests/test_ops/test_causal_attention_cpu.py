@@ -113,3 +113,19 @@ def test_an_empty_batch():
     tensors, grad = inputs((0, 4, 2, 5, 7, 8, 12))
     for got, like in zip(results(ours.causal_attention, tensors, grad), (grad, *tensors), strict=True):
         assert got.shape == like.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("heads", "groups", "length", "before"), [(4, 1, 5, 1), (4, 2, 2, 700), (3, 3, 300, 40)])
+def test_queries_that_follow_many_keys(dtype, heads, groups, length, before):
+    torch.manual_seed(0)
+    q = torch.randn(2, heads, length, 16, dtype=torch.float64)
+    k, v = (torch.randn(2, groups, 2 * (before + length), 16, dtype=torch.float64)[:, :, ::2] for _ in range(2))
+    mask = torch.ones(length, before + length, dtype=torch.bool).tril(before)
+    wanted, torchs = (
+        F.scaled_dot_product_attention(*(t.to(kind) for t in (q, k, v)), attn_mask=mask, scale=0.3, enable_gqa=True)
+        for kind in (torch.float64, dtype)
+    )
+    got = ours.continued_attention(*(t.to(dtype) for t in (q, k, v)), 0.3)
+    assert got.dtype == dtype
+    assert relative_error(got, wanted) < max(1.5 * relative_error(torchs, wanted), 1e-14)

@@ -227,6 +227,8 @@ def causal_attention(
     elif mask is None and num_queries == num_keys:
         grouped = queries.shape[1] != keys.shape[1]
         y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
+    elif mask is None and queries.device.type == "cpu" and not torch.is_grad_enabled():
+        y = _causal_attention_cpu.continued_attention(queries, keys, values, scale)
     else:
         causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=queries.device)
         causal = causal.tril(num_keys - num_queries)

@@ -45,6 +45,23 @@ def causal_attention(
     return _forward_op(queries, keys, values, key_mask, scale)[0]
 
 
+def continued_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+    """The same where many keys come before the first query, without gradients: those, and the queries' own, apart.
+
+    torch would make a mask of L × S for both together; that takes twice as long.
+    """
+    length, groups, before = queries.shape[2], keys.shape[1], keys.shape[2] - queries.shape[2]
+    repeats = queries.shape[1] // groups
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    all_see = [t[:, :, :before] for t in (keys, values)]
+    far, far_lse = flash(queries.unflatten(1, (groups, repeats)).flatten(2, 3), *all_see, scale=scale)
+    own = [t[:, :, before:].repeat_interleave(repeats, 1) for t in (keys, values)]
+    near, near_lse = flash(queries, *own, is_causal=True, scale=scale)
+    far, far_lse = (t.unflatten(2, (repeats, length)).flatten(1, 2) for t in (far, far_lse))
+    share = (far_lse - near_lse).sigmoid().unsqueeze(-1)
+    return near.to(share.dtype).lerp(far.to(share.dtype), share).to(near.dtype)
+
+
 @torch.library.custom_op("coterie::causal_attention_cpu", mutates_args=())
 def _forward_op(
     queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None, scale: float
