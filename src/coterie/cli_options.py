@@ -61,9 +61,9 @@ class Train:
     """The model: tiny, nano, mini, tiny-hybrid, mini-hybrid, tiny-long, mini-long or full-long, or the path of a
     config.json; its vocabulary: the 256 bytes."""
     compare: Annotated[str | None, *_optional(str, "", "none", tuple(TWINS))] = None
-    """Train a twin too, in turns on the same batches: with dense MLPs that spend as many FLOPs per token (dense) or
-    have as many parameters (dense-params), or with full attention in place of every linear, window and sparse
-    attention (attention)."""
+    """Train a twin too, in turns on the same batches: with dense MLPs of as many
+    FLOPs per token (dense) or parameters (dense-params), or with full attention
+    in place of linear, window and sparse attention (attention)."""
     data: Annotated[str | None, *_optional(str, "PATH", "the sources of Python's standard library")] = None
     """A text file, or a folder of them; text is read as bytes."""
     out: Annotated[str | None, *_optional(str, "DIR", "runs/NAME of the preset")] = None

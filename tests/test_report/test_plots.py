@@ -82,6 +82,7 @@ def test_positions_are_drawn_where_the_context_is_long(contenders):
     for line, values in zip(axes.lines, bpb.values(), strict=True):
         np.testing.assert_array_equal(line.get_xydata(), np.column_stack([[7.5, 23.5, 271.5, 767.5], values]))
     assert axes.get_xscale() == "log"
+    assert axes.get_ylim() == pytest.approx((2.125 - 0.07, 3.0 + 0.07))  # the farther positions, from 32 on
     assert [label.get_text() for label in axes.get_xticklabels()] == ["16", "32", "512", "1,024"]
     assert [text.get_text() for text in axes.texts] == ["dense", "moe"]
     assert [text.get_color() for text in axes.texts] == [line.get_color() for line in axes.lines[::-1]]

@@ -252,8 +252,10 @@ def _draw_positions(part, contenders: Mapping[str, Contender]) -> None:
         ends[name] = middles[-1], run.position_bpb[-1]
     edges = run.position_edges
     axes.set_xscale("log", base=2)
-    axes.set_xlim(middles[0] / 1.2, edges[-1] * 1.6)  # room for the names at the curves' ends
-    axes.set_ylim(*_with_room(*axes.dataLim.intervaly))
+    axes.set_xlim(middles[0] / 1.2, edges[-1] * edges[-1] ** 0.12)  # room for the names at the curves' ends
+    # From the third bin on: what a model makes of its first few bytes would flatten all that comes after.
+    far = np.concatenate([run.position_bpb[2:] for run in contenders.values()])
+    axes.set_ylim(*_with_room(far.min(), far.max()))
     axes.set_xticks(edges[1:], [f"{edge:,}" for edge in edges[1:]])
     axes.minorticks_off()
     axes.set_title(position_finding(contenders), loc="left", size=11, weight="bold")
