@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from coterie.cli import main
-from coterie.models import Transformer, TransformerConfig, generate, preset
+from coterie.models import Transformer, TransformerConfig, attention_twin, generate, preset
 from coterie.report import model_cost
 from coterie.training import ByteTokenizer, Trainer, load_checkpoint, load_corpus
 
@@ -127,6 +127,46 @@ def test_dense_params_twin_has_as_many_parameters(train, tmp_path, capsys):
     figures = json.loads((tmp_path / "run" / "report.json").read_text())["figures"]
     router = CONFIG.num_layers * CONFIG.num_experts * CONFIG.dim
     assert figures["moe"]["params"] - figures["dense-params"]["params"] == router
+
+
+def test_attention_twin_of_a_long_context(inputs, train, tmp_path, capsys):
+    hybrid = replace(CONFIG, mixers=("linear_attention", "attention"), linear_head_dim=4)
+    (tmp_path / "hybrid.json").write_text(json.dumps(hybrid.to_dict()))
+    out = tmp_path / "run"
+    text = inputs / "text.txt"
+    (tmp_path / "long.txt").write_text(text.read_text() * 3)
+    more = ["--preset", f"{tmp_path}/hybrid.json", "--data", f"{tmp_path}/long.txt", "--length=1024", "--steps=1"]
+    assert train(out, "--compare", "attention", *more) == 0
+    assert Transformer.from_pretrained(out / "hybrid").config == hybrid
+    assert Transformer.from_pretrained(out / "attention").config == attention_twin(hybrid) == CONFIG
+    printed = capsys.readouterr().out
+    figures = json.loads((out / "report.json").read_text())["figures"]
+    assert list(figures) == ["hybrid", "attention"]
+    for name in figures:
+        last = json.loads((out / name / "log.jsonl").read_text().splitlines()[-1])
+        assert figures[name]["position_edges"] == last["position_edges"] == [0, 16, 32, 64, 128, 256, 512, 1024]
+        assert figures[name]["position_bpb"] == last["position_bpb"]
+    far = [f"{figures[name]['position_bpb'][-1]:.3f}" for name in figures]
+    assert re.search(rf"512–1,023 +{far[0]} +{far[1]} +[+−]", printed)
+    assert main(["train", "--resume", "--out", str(out), "--compare", "attention"]) == 0
+    assert re.search(rf"512–1,023 +{far[0]} +{far[1]} +[+−]", capsys.readouterr().out)
+    assert train(tmp_path / "none", "--compare", "attention") == 2
+    assert "config must have a 'linear_attention', 'window_attention' or" in complaint(capsys)
+
+
+@pytest.mark.parametrize(
+    ("mixers", "compare", "name"),
+    [
+        (("linear_attention",), "attention", "linear"),
+        (("sparse_attention",), "attention", "sparse"),
+        (("sparse_attention", "attention"), "attention", "hybrid"),
+        (("linear_attention",), "dense", "moe"),
+    ],
+)
+def test_a_contender_is_named_by_what_its_twin_lacks(train, tmp_path, mixers, compare, name):
+    (tmp_path / "model.json").write_text(json.dumps(replace(CONFIG, mixers=mixers).to_dict()))
+    assert train(tmp_path / "run", "--preset", f"{tmp_path}/model.json", "--compare", compare, "--steps=1") == 0
+    assert list(json.loads((tmp_path / "run" / "run.json").read_text())["models"]) == [name, compare]
 
 
 def test_a_run_is_not_replaced_unless_asked(train, compared, tmp_path, capsys):
@@ -415,7 +455,7 @@ def test_inspect_a_run_shows_all_its_models(compared, capsys):
         ("train --steps", "coterie train: missing value for argument '--steps' (see coterie train --help)"),
         (
             "train --compare sparse",
-            "coterie train: error parsing --compare: got 'sparse', must be one of dense, dense-params "
+            "coterie train: error parsing --compare: got 'sparse', must be one of dense, dense-params, attention "
             "(see coterie train --help)",
         ),
         (
@@ -618,7 +658,13 @@ def test_help_names_every_option(command, capsys):
     printed = capsys.readouterr().out
     expected = {
         (): ["train", "generate", "export", "inspect", "tune"],
-        ("train",): ["--preset NAME", "--compare {dense,dense-params}", "--steps INT", "--resume", "(default: tiny)"],
+        ("train",): [
+            "--preset NAME",
+            "--compare {dense,dense-params,attention}",
+            "--steps INT",
+            "--resume",
+            "(default: tiny)",
+        ],
         ("generate",): ["RUN", "--prompt TEXT", "--max-new-tokens INT", "--top-p FLOAT", "(default: 200)"],
         ("export",): ["RUN", "--format {hf,gguf,onnx}", "--out PATH", "--dtype {f32,f16,bf16,q8_0}"],
         ("inspect",): ["PRESET|RUN", "--length INT", "--json"],

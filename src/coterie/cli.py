@@ -84,9 +84,7 @@ def parse(argv: Sequence[str]) -> object | None:
 
     from coterie.cli_options import Export, Generate, Inspect, Train, Tune
 
-    about = (
-        "Compact sparse transformers: train one beside its dense twin, let it write, run it elsewhere, count its costs."
-    )
+    about = "Compact sparse transformers: train one beside a twin, let it write, run it elsewhere, count its costs."
     commands = None
     for name, options in zip(COMMANDS, (Train, Generate, Export, Inspect, Tune), strict=True):
         subcommand = Annotated[options, tyro.conf.subcommand(name)]

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from coterie.cli_options import Export, Generate, Inspect, Train, Tune
-from coterie.models import PRESETS, Transformer, TransformerConfig, dense_twin, generate
+from coterie.cli_options import TWINS, Export, Generate, Inspect, Train, Tune
+from coterie.models import PRESETS, Transformer, TransformerConfig, generate
 from coterie.models.pretrained import CONFIG_FILE, read_config
 from coterie.ops.activations import parse_activation
 from coterie.report.cost import ModelCost, format_cost, model_cost
 from coterie.report.model_card import CARD_FILE, is_own_card, write_model_card
 from coterie.report.plots import report_figure, save_figure
-from coterie.report.summary import format_summary, summarize
+from coterie.report.summary import format_positions, format_summary, summarize
 from coterie.report.table import format_table, human_count
 from coterie.training import (
     Batches,
@@ -85,8 +85,8 @@ def run_train(options: Train) -> int:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     costs = {name: model_cost(model.config, config.length, dtype=dtype) for name, model in models.items()}
     figures = summarize(costs, comparison.to_dict())
-    print(format_summary(figures))
-    print()
+    for table in filter(None, (format_summary(figures), format_positions(figures))):
+        print(f"{table}\n")
     _write_cards(out, plan, comparison, costs)
     _write_report(out, plan, comparison, costs, figures)
     _print_sample(next(iter(models.values())), corpora["valid"], plan)
@@ -101,10 +101,9 @@ def _new_plan(out: Path, options: Train) -> dict[str, Any]:
         )
     name = options.preset or "tiny"
     model_config = replace(_named_config(name), vocab_size=ByteTokenizer.vocab_size)  # text is read as bytes
-    models = {"moe" if "moe" in model_config.feed_forwards else "dense": model_config}
+    models = {_kind(model_config, options.compare): model_config}
     if options.compare:
-        match = "active" if options.compare == "dense" else "params"
-        models[options.compare] = dense_twin(model_config, match)
+        models[options.compare] = TWINS[options.compare](model_config)
     data = None if options.data is None else str(Path(options.data).resolve())
     return {
         "coterie": version("coterie"),
@@ -114,6 +113,14 @@ def _new_plan(out: Path, options: Train) -> dict[str, Any]:
         "training": _train_config(options, model_config).to_dict(),
         "models": {name: config.to_dict() for name, config in models.items()},
     }
+
+
+def _kind(config: TransformerConfig, compare: str | None) -> str:
+    """The model's name beside its twin: what the two differ in."""
+    if compare == "attention":
+        mixers = {*config.mixers}
+        return "hybrid" if len(mixers) > 1 else mixers.pop().removesuffix("_attention")
+    return "moe" if "moe" in config.feed_forwards else "dense"
 
 
 def _corpora(data: str | None, length: int) -> dict[str, np.ndarray]:
@@ -254,7 +261,11 @@ def _write_report(
         + (f", {human_count(total.active_params)} active" if total.active_params < total.params else "")
         for name, total in totals.items()
     )
-    title = f"{plan['preset']}: a sparse model" + (" beside its dense twin" if len(costs) > 1 else "")
+    title = f"{plan['preset']}: a sparse model"
+    if plan["compare"] == "attention":
+        title += " beside its twin with full attention"
+    elif plan["compare"]:
+        title += " beside its dense twin"
     try:
         figure = report_figure(comparison.contenders, title=title, subtitle=size)
     except ModuleNotFoundError as error:

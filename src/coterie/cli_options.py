@@ -5,17 +5,21 @@ Imported by `coterie.cli` when a command is parsed, for tyro is only needed then
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from coterie.interop.gguf_export import DTYPES as GGUF_DTYPES
+from coterie.models import attention_twin, dense_twin
 from coterie.training import TrainConfig
 from coterie.training.config import PRECISIONS
 
 _DEFAULTS = TrainConfig()
 FORMATS = ("hf", "gguf", "onnx")
+# The twin that a model is compared with, by the value of --compare.
+TWINS = {"dense": dense_twin, "dense-params": partial(dense_twin, match="params"), "attention": attention_twin}
 
 
 def _optional(kind: Callable[[str], Any], metavar: str, default: str, choices: tuple[str, ...] = ()) -> tuple[Any, Any]:
@@ -51,14 +55,15 @@ _FLAG = arg(help_behavior_hint="")
 
 @dataclass(frozen=True)
 class Train:
-    """Train a sparse model on text, alone or beside its dense twin, and report what it cost and what it reached."""
+    """Train a sparse model on text, alone or beside a twin, and report what it cost and what it reached."""
 
     preset: Annotated[str | None, *_optional(str, "NAME", "tiny")] = None
     """The model: tiny, nano, mini, tiny-hybrid, mini-hybrid, tiny-long, mini-long or full-long, or the path of a
     config.json; its vocabulary: the 256 bytes."""
-    compare: Annotated[str | None, *_optional(str, "", "none", ("dense", "dense-params"))] = None
-    """Train a dense twin too, in turns on the same batches: one that spends as many FLOPs per token (dense), or
-    one that has as many parameters (dense-params)."""
+    compare: Annotated[str | None, *_optional(str, "", "none", tuple(TWINS))] = None
+    """Train a twin too, in turns on the same batches: with dense MLPs of as many
+    FLOPs per token (dense) or parameters (dense-params), or with full attention
+    in place of linear, window and sparse attention (attention)."""
     data: Annotated[str | None, *_optional(str, "PATH", "the sources of Python's standard library")] = None
     """A text file, or a folder of them; text is read as bytes."""
     out: Annotated[str | None, *_optional(str, "DIR", "runs/NAME of the preset")] = None

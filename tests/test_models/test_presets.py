@@ -1,8 +1,8 @@
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
-from coterie.models import PRESETS, Transformer, TransformerConfig, dense_twin, preset
+from coterie.models import PRESETS, Transformer, TransformerConfig, attention_twin, dense_twin, preset
 
 
 def _parameters(config: TransformerConfig) -> tuple[int, int]:
@@ -95,3 +95,40 @@ def test_dense_twin_refuses_what_it_cannot_match(small_config):
         dense_twin(small_config, match="flops")
     with pytest.raises(ValueError, match="'moe' in feed_forwards"):
         dense_twin(dense_twin(small_config))
+
+
+def test_attention_twin_is_the_model_written_with_attention():
+    assert attention_twin(preset("tiny-hybrid")) == preset("tiny")
+    assert attention_twin(preset("mini-hybrid")) == preset("mini")
+    long = preset("tiny-long")
+    written = {"mixers": ("attention",), "linear_num_heads": None, "linear_head_dim": None}
+    assert attention_twin(long) == replace(long, **written)
+    order_by_state = replace(preset("tiny-hybrid"), num_layers=8, rotary_layers=(False,))
+    written = {"num_layers": 8, "rotary_layers": (True, True, True, False)}
+    assert attention_twin(order_by_state) == replace(preset("tiny"), **written)
+
+
+def test_attention_twin_replaces_all_but_latent_attention(small_config):
+    twin = attention_twin(small_config)
+    assert twin.layer_mixers == ("attention",) * 6 + ("latent_attention",) * 2 + ("attention",) * 2
+    default = TransformerConfig(vocab_size=2, dim=2, num_layers=1, num_heads=1, feed_forwards=("mlp",), hidden_dim=1)
+    for field in fields(TransformerConfig):
+        replaced = field.name.startswith(("linear_", "sparse_")) or field.name == "attention_window"
+        if field.name not in ("mixers", "rotary_layers"):
+            assert getattr(twin, field.name) == getattr(default if replaced else small_config, field.name), field.name
+    model, other = (Transformer(config, device="meta") for config in (small_config, twin))
+    # Of two layers of a kind the second is without rotary embedding, but for those that were of linear attention.
+    assert twin.layer_rotary == (True, False) * 4 + (True, True)
+    for index, layer in enumerate(other.layers):
+        attention = {name: p.shape for name, p in layer.mixer.named_parameters()}
+        kept = 6 if index in (6, 7) else 0  # a latent layer is as it was, others are as the first, of full attention
+        assert attention == {name: p.shape for name, p in model.layers[kept].mixer.named_parameters()}
+        feed_forwards = [layers[index].feed_forward.named_parameters() for layers in (model.layers, other.layers)]
+        assert len({tuple((name, p.shape) for name, p in parameters) for parameters in feed_forwards}) == 1
+
+
+def test_attention_twin_refuses_where_there_is_nothing_to_replace(small_config):
+    with pytest.raises(ValueError, match=r"in mixers to have an attention twin, got \('attention',\)"):
+        attention_twin(preset("tiny"))
+    with pytest.raises(ValueError, match="in mixers to have an attention twin"):
+        attention_twin(attention_twin(small_config))

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from coterie.models import PRESETS, Transformer, TransformerConfig, dense_twin
+from coterie.models import PRESETS, Transformer, TransformerConfig, attention_twin, dense_twin
 from coterie.report import format_cost, model_cost, saved_for_backward
 from coterie.report.cost import _parts
 
@@ -167,10 +167,20 @@ def test_edits_of_a_delta_product_are_counted_each():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_attention_costs_what_the_attention_twin_does(dtype):
+    sparse = replace(MIXED, mixers=("sparse_attention", "window_attention"), attention_window=5)
+    beside_latent = replace(LATENT, mixers=("latent_attention", "linear_attention"))
+    for config in (HYBRID, sparse, beside_latent, PRESETS["tiny-long"]):
+        cost, twin = (model_cost(c, L, dtype=dtype) for c in (config, attention_twin(config)))
+        assert cost.full_attention_cache_bytes == twin.total.cache_bytes == twin.full_attention_cache_bytes
+        assert twin.total.state_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_hybrids_cache_per_token_falls_with_length_to_its_attentions(dtype):
     cost = model_cost(HYBRID, L, dtype=dtype)
     model = Transformer(HYBRID, device="meta", dtype=dtype)
-    twin = Transformer(replace(HYBRID, mixers=("attention",)), device="meta", dtype=dtype)
+    twin = Transformer(attention_twin(HYBRID), device="meta", dtype=dtype)
     per_token = []
     for length in (1024, 4096, 65536):
         assert length * cost.total.cache_bytes + cost.total.state_bytes == model.new_cache(1, length).nbytes

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from coterie.report import report_figure, save_figure
-from coterie.report.plots import load_finding, loss_finding, smoothed
+from coterie.report.plots import load_finding, loss_finding, position_finding, smoothed
 
 pytest.importorskip("matplotlib")
 
@@ -20,6 +20,8 @@ class Run:
     valid_seconds: np.ndarray
     valid_bpb: np.ndarray
     expert_load: np.ndarray | None = None
+    position_edges: np.ndarray | None = None
+    position_bpb: np.ndarray | None = None
 
 
 def make_run(end, speed, *, load=None, steps=40, every=10):
@@ -66,6 +68,30 @@ def test_losses_are_drawn_over_tokens_and_over_seconds(contenders):
         assert low < 2.0
         assert high > 2.5
         assert {text.get_text() for text in axes.texts} >= {"moe", "dense"}
+
+
+def test_positions_are_drawn_where_the_context_is_long(contenders):
+    short = report_figure(contenders)
+    edges = np.array([0, 16, 32, 512, 1024])
+    bpb = {"moe": np.array([4.0, 3.5, 3.0, 2.5]), "dense": np.array([4.25, 3.5, 2.75, 2.125])}
+    for name, run in contenders.items():
+        run.position_edges, run.position_bpb = edges, bpb[name]
+    figure = report_figure(contenders)
+    assert len(figure.axes) == len(short.axes) + 1
+    axes = axes_titled(figure, "From position 512 on dense is ahead of moe: 2.125 against 2.500 bits per byte")
+    for line, values in zip(axes.lines, bpb.values(), strict=True):
+        np.testing.assert_array_equal(line.get_xydata(), np.column_stack([[7.5, 23.5, 271.5, 767.5], values]))
+    assert axes.get_xscale() == "log"
+    assert axes.get_ylim() == pytest.approx((2.125 - 0.07, 3.0 + 0.07))  # the farther positions, from 32 on
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["16", "32", "512", "1,024"]
+    assert [text.get_text() for text in axes.texts] == ["dense", "moe"]
+    assert [text.get_color() for text in axes.texts] == [line.get_color() for line in axes.lines[::-1]]
+    only = {"moe": contenders["moe"]}
+    assert position_finding(only) == "From position 512 on 2.500 bits per byte, 4.000 before position 16"
+    contenders["dense"].position_bpb = bpb["moe"]
+    assert "on dense and moe are level: 2.500 against" in position_finding(contenders)
+    contenders["dense"].position_edges = None  # a log from before there was such a figure
+    assert len(report_figure(contenders).axes) == len(short.axes)
 
 
 def test_load_is_drawn_layer_by_layer_as_a_ratio_to_the_fair_share(contenders):

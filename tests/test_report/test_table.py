@@ -1,6 +1,14 @@
 import pytest
 
-from coterie.report import format_summary, format_table, human_bytes, human_count, model_cost, summarize
+from coterie.report import (
+    format_positions,
+    format_summary,
+    format_table,
+    human_bytes,
+    human_count,
+    model_cost,
+    summarize,
+)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +92,20 @@ def test_a_single_model_is_compared_with_nothing():
     text = format_summary(summarize({"moe": costs()["moe"]}, {"moe": MEASURED}))
     assert "equal" not in text
     assert "bits per byte on unseen text     2.250" in text
+
+
+def test_positions_are_compared_bin_by_bin_where_the_context_is_long():
+    long = {"position_edges": [0, 16, 512, 1024], "position_bpb": [4.0, 3.0, 2.5]}
+    other = {**long, "position_bpb": [4.5, 3.0, 2.25]}
+    assert format_positions({"hybrid": long, "attention": other}).splitlines()[0::2] == [
+        "bits per byte at positions  hybrid  attention  hybrid : attention",
+        "0–15                         4.000      4.500              −0.500",
+        "512–1,023                    2.500      2.250              +0.250",
+    ]
+    assert format_positions({"moe": long}).splitlines()[-1].split() == ["512–1,023", "2.500"]
+    missing = {"position_edges": None, "position_bpb": None}
+    for figures in ({"moe": {**long, "position_edges": [0, 16, 512, 1023]}}, {"moe": long, "old": missing}):
+        assert format_positions(figures) == ""
 
 
 def test_costs_and_measurements_must_be_of_the_same_contenders():

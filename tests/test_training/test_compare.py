@@ -95,6 +95,9 @@ def test_curves_and_loads_have_one_entry_per_step_or_evaluation(models, make_con
     assert comparison.equal_tokens == 384
     assert comparison.equal_seconds == min(moe.seconds[-1], dense.seconds[-1])
     assert comparison.bpb_at_tokens("moe") == moe.valid_bpb[-1]
+    assert moe.position_edges.tolist() == [0, 16]
+    assert moe.position_bpb.tolist() == pytest.approx([moe.valid_bpb[-1]])
+    assert comparison.to_dict()["dense"]["position_bpb"] == dense.position_bpb.tolist()
 
 
 def made_up(name, seconds_per_step, curve):
@@ -123,6 +126,8 @@ def test_equal_tokens_and_equal_seconds():
     assert figures["tokens_per_second"] == 50.0
     assert figures["seconds"] == 8.0
     assert figures["load_entropy"] is None
+    assert figures["position_bpb"] is None  # as in logs from before there was such a figure
+    assert comparison.contenders["slow"].position_edges is None
 
 
 def test_names_that_are_no_folders_are_refused(models, make_config, corpus, valid):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from coterie.models.transformer import Transformer
+from coterie.models.transformer import Transformer, TransformerOutput
 from coterie.ops import balance_loss, z_loss
 from coterie.training import Batches, Trainer, load_checkpoint, read_log, save_checkpoint
-from coterie.training.evaluation import evaluation_windows
+from coterie.training.evaluation import evaluate, evaluation_windows, position_edges
 
 DENSE = {"feed_forwards": ("mlp",)}
 
@@ -215,7 +216,9 @@ def test_a_compiled_model_computes_the_same(make_model, make_config, make_batche
     trainer.step(), plain.step()
     assert calls == [trainer.model]
     for compiled, eager in zip(timeless(trainer.history), timeless(plain.history), strict=True):
-        assert compiled.pop("expert_load", None) == eager.pop("expert_load", None)
+        for name in ("expert_load", "position_edges"):
+            assert compiled.pop(name, None) == eager.pop(name, None)
+        assert compiled.pop("position_bpb", []) == pytest.approx(eager.pop("position_bpb", []), rel=1e-5)
         assert compiled == pytest.approx(eager, rel=1e-5)
 
 
@@ -259,6 +262,50 @@ def test_evaluation_is_the_mean_of_minus_log2_p(make_model, make_config, make_ba
     torch.testing.assert_close(torch.tensor(evaluation.expert_load), (counts / counts.sum(1, keepdim=True)))
     assert evaluation.dead_experts == int((counts == 0).sum())
     assert trainer.evaluate() == evaluation
+
+
+class ByPosition(nn.Module):
+    """Gives byte 7 the chance 2^-bits[t] at position t, whatever it reads."""
+
+    def __init__(self, bits):
+        super().__init__()
+        chance = 2.0 ** -torch.tensor(bits, dtype=torch.float64)
+        logits = ((1 - chance) / 255).log()[:, None].repeat(1, 256)
+        logits[:, 7] = chance.log()
+        self.logits = nn.Parameter(logits.float())
+
+    def forward(self, ids):
+        return TransformerOutput(logits=self.logits[: ids.shape[1]].expand(*ids.shape, 256), routings=())
+
+
+def test_bits_by_position_by_hand():
+    corpus = np.full(5 * 48 + 1, 7, dtype=np.uint8)
+    bits = [4.0] * 16 + [2.0] * 8 + [1.0] * 8 + [0.5] * 16
+    for length, edges, expected in (
+        (48, [0, 16, 32, 48], [4.0, 1.5, 0.5]),
+        (32, [0, 16, 32], [4.0, 1.5]),
+        (23, [0, 23], [(16 * 4 + 7 * 2) / 23]),
+        (3, [0, 3], [4.0]),
+    ):
+        evaluation = evaluate(ByPosition(bits), corpus, count=5, length=length, batch_size=2)  # the last batch is one
+        assert evaluation.position_edges == edges
+        assert evaluation.position_bpb == pytest.approx(expected, rel=1e-6)
+        assert evaluation.bpb == pytest.approx(np.mean(bits[:length]), rel=1e-6)
+
+
+def test_bins_of_positions_double_to_the_second_half_of_the_context():
+    assert position_edges(1024) == [0, 16, 32, 64, 128, 256, 512, 1024]
+    assert position_edges(1536) == [0, 16, 32, 64, 128, 256, 512, 1024, 1536]
+    assert position_edges(1535) == [0, 16, 32, 64, 128, 256, 512, 1535]
+    assert len(position_edges(65536)) == 14
+
+
+def test_the_mean_over_positions_is_the_whole(make_model, make_config, make_batches, valid):
+    config = make_config(length=100)
+    record = Trainer(make_model(), config, make_batches(config), valid).train(progress=False)[-1]
+    widths = np.diff(record["position_edges"])
+    assert widths.tolist() == [16, 16, 32, 36]
+    assert np.average(record["position_bpb"], weights=widths) == pytest.approx(record["valid_bpb"], rel=1e-12)
 
 
 def test_evaluation_of_one_expert_for_all(make_model, make_config, make_batches, valid):

@@ -1,6 +1,6 @@
-"""Named configs, and the dense model that a sparse one has to beat."""
+"""Named configs, and the models that a sparse one has to beat: with dense MLPs, and with full attention."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from coterie.models.config import TransformerConfig
 
@@ -128,3 +128,34 @@ def dense_twin(config: TransformerConfig, match: str = "active") -> TransformerC
         expert_bias=False,
         selection_bias=False,
     )
+
+
+def attention_twin(config: TransformerConfig) -> TransformerConfig:
+    """The same model with full attention in place of every linear, window and sparse attention.
+
+    Latent attention and the feed-forwards stay. What belongs to the replaced mixers alone is set to its default, so
+    that the twin of a hybrid is equal to the config that was written with attention in every layer. Where there was
+    linear attention, which knows the order by itself, there is a rotary embedding now, whatever `rotary_layers` says;
+    other layers keep theirs, or do without as before.
+
+    Args:
+        config: a config with at least one mixer other than "attention" and "latent_attention".
+    """
+    kept = {"attention", "latent_attention"}
+    if {*config.mixers} <= kept:
+        raise ValueError(
+            "config must have a 'linear_attention', 'window_attention' or 'sparse_attention' in mixers to have an "
+            f"attention twin, got {config.mixers}"
+        )
+    mixers = tuple(mixer if mixer in kept else "attention" for mixer in config.layer_mixers)
+    pairs = zip(config.layer_rotary, config.layer_mixers, strict=True)
+    rotary = tuple(has_rotary or mixer == "linear_attention" for has_rotary, mixer in pairs)
+    own = ("linear_", "sparse_", "attention_window")
+    defaults = {field.name: field.default for field in fields(config) if field.name.startswith(own)}
+    return replace(config, mixers=_shortest(mixers), rotary_layers=_shortest(rotary), **defaults)
+
+
+def _shortest(pattern: tuple) -> tuple:
+    """The shortest pattern that gives `pattern` when it is repeated."""
+    length = len(pattern)
+    return next(pattern[:n] for n in range(1, length + 1) if pattern[:n] * (length // n) == pattern)

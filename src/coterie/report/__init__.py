@@ -4,7 +4,7 @@ from coterie.report.cost import BreakEven, LayerCost, ModelCost, format_cost, mo
 from coterie.report.coverage import Coverage, ParameterGroup, check_coverage, coverage, format_coverage
 from coterie.report.model_card import model_card, write_model_card
 from coterie.report.plots import report_figure, save_figure
-from coterie.report.summary import format_summary, summarize
+from coterie.report.summary import format_positions, format_summary, summarize
 from coterie.report.table import format_table, human_bytes, human_count
 from coterie.report.telemetry import ExpertLoad, dead_experts, load_entropy, load_imbalance
 
@@ -20,6 +20,7 @@ __all__ = [
     "dead_experts",
     "format_cost",
     "format_coverage",
+    "format_positions",
     "format_summary",
     "format_table",
     "human_bytes",

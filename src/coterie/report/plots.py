@@ -1,4 +1,5 @@
-"""The picture of a training run: who learns faster, per token and per second, and what the experts carried meanwhile.
+"""The picture of a training run: who learns faster, per token and per second, who makes use of a long context, and what
+the experts carried meanwhile.
 
 Every title states what its panel shows, computed from the numbers drawn. Figures are made without pyplot, so nothing
 global is touched and no window can open. matplotlib is imported only when a figure is made: `pip install
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from coterie.models.pretrained import write_atomically
+from coterie.report.summary import LONG_CONTEXT
 from coterie.report.table import human_count
 from coterie.report.telemetry import dead_experts, load_entropy, load_imbalance
 
@@ -33,6 +35,8 @@ LARGEST_RATIO = 4.0
 # Two results nearer to each other than this many bits per byte are called level.
 LEVEL = 0.005
 
+_LOSS_HEIGHT, _POSITION_HEIGHT = 3.9, 3.4  # inches
+
 
 class Contender(Protocol):
     """What is drawn of one model; `coterie.training.Contender` is one."""
@@ -44,10 +48,14 @@ class Contender(Protocol):
     valid_seconds: np.ndarray  # [evaluations]
     valid_bpb: np.ndarray  # [evaluations]
     expert_load: np.ndarray | None  # [evaluations, layers, E], shares that sum to one over E
+    position_edges: np.ndarray | None  # [bins + 1], positions in the context
+    position_bpb: np.ndarray | None  # [bins], of the last evaluation
 
 
 def report_figure(contenders: Mapping[str, Contender], *, title: str = "", subtitle: str = "") -> "Figure":
-    """Draws loss over tokens, loss over seconds, and the expert load of every MoE layer over time.
+    """Draws loss over tokens, loss over seconds, loss over positions, and the expert load of every MoE layer over time.
+
+    Positions are drawn of contexts of at least 1,024 tokens.
 
     Args:
         contenders: one or several models by name; at most six. Each has been evaluated at least once.
@@ -55,7 +63,7 @@ def report_figure(contenders: Mapping[str, Contender], *, title: str = "", subti
         subtitle: one line below it.
 
     Returns:
-        A figure 1500 pixels wide (see `save_figure`); its height grows with the number of MoE layers.
+        A figure 1500 pixels wide (see `save_figure`); its height grows with what there is to draw.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message says how to get it.
@@ -69,15 +77,18 @@ def report_figure(contenders: Mapping[str, Contender], *, title: str = "", subti
     matplotlib = _matplotlib()
 
     loads = {name: c.expert_load for name, c in contenders.items() if c.expert_load is not None and c.expert_load.size}
-    heights = [_heat_height(load) for load in loads.values()]
+    by_position = all(map(_is_long, contenders.values()))
+    heights = [_LOSS_HEIGHT, *[_POSITION_HEIGHT] * by_position, *map(_heat_height, loads.values())]
     head = 0.75 if subtitle else 0.5 if title else 0.1
     with matplotlib.rc_context({"font.size": 10, "axes.edgecolor": FAINT, "text.color": INK}):
-        figure = matplotlib.figure.Figure(figsize=(WIDTH_INCHES, head + 3.9 + sum(heights)), dpi=DPI)
+        figure = matplotlib.figure.Figure(figsize=(WIDTH_INCHES, head + sum(heights)), dpi=DPI)
         figure.set_facecolor("white")
         figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - head / figure.get_figheight()))
-        parts = figure.subfigures(1 + len(loads), 1, height_ratios=[3.9, *heights], squeeze=False)[:, 0]
-        _draw_losses(parts[0], contenders)
-        for part, (name, load) in zip(parts[1:], loads.items(), strict=True):
+        parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+        _draw_losses(next(parts), contenders)
+        if by_position:
+            _draw_positions(next(parts), contenders)
+        for part, (name, load) in zip(parts, loads.items(), strict=True):
             _draw_load(part, load, contenders[name].valid_tokens, name if len(contenders) > 1 else "")
         inches = 1 / figure.get_figheight()
         if title:
@@ -123,7 +134,9 @@ def _draw_losses(part, contenders: Mapping[str, Contender]) -> None:
         axes.set_xlim(0, max(ends) * 1.2 or 1)  # room for the names at the curves' ends
         axes.set_ylim(*_loss_range(runs))
         _tidy(axes)
-        _label_ends(axes, contenders, kind)
+        _label_ends(
+            axes, {name: (end, run.valid_bpb[-1]) for end, (name, run) in zip(ends, contenders.items(), strict=True)}
+        )
     by_tokens.xaxis.set_major_formatter(_tick)
     by_tokens.set_ylabel("bits per byte", color=FAINT)
     key = "● validation   — training, smoothed"
@@ -146,18 +159,23 @@ def loss_finding(contenders: Mapping[str, Contender], kind: str) -> str:
     """What a loss panel shows, in two lines; `kind` is "tokens" or "seconds"."""
     end = min(float(getattr(run, f"valid_{kind}")[-1]) for run in contenders.values())
     where = human_count(end) if kind == "tokens" else f"{end:.0f} s" if end >= 10 else f"{end:.1f} s"
-    found = sorted(
-        (float(np.interp(end, getattr(run, f"valid_{kind}"), run.valid_bpb)), name) for name, run in contenders.items()
-    )
-    (best, winner), *others = found
-    if not others:
+    found = {
+        name: float(np.interp(end, getattr(run, f"valid_{kind}"), run.valid_bpb)) for name, run in contenders.items()
+    }
+    if len(found) == 1:
         after = f"{where} tokens" if kind == "tokens" else where
-        return f"{best:.3f} bits per byte on unseen text\nafter {after}"
-    second, runner_up = others[0]
-    values = " against ".join(f"{bpb:.3f}" for bpb, _ in found)
+        return f"{found.popitem()[1]:.3f} bits per byte on unseen text\nafter {after}"
+    return f"At equal {kind} ({where}) " + "\n".join(_ranking(found))
+
+
+def _ranking(bpb: Mapping[str, float]) -> tuple[str, str]:
+    """Who is ahead of whom, by how much, in two halves of a sentence."""
+    found = sorted((value, name) for name, value in bpb.items())
+    (best, winner), (second, runner_up) = found[:2]
+    values = " against ".join(f"{value:.3f}" for value, _ in found)
     if second - best < LEVEL:
-        return f"At equal {kind} ({where}) {winner} and {runner_up}\nare level: {values} bits per byte"
-    return f"At equal {kind} ({where}) {winner} is ahead\nof {runner_up}: {values} bits per byte"
+        return f"{winner} and {runner_up}", f"are level: {values} bits per byte"
+    return f"{winner} is ahead", f"of {runner_up}: {values} bits per byte"
 
 
 def _loss_range(runs: Sequence[Contender]) -> tuple[float, float]:
@@ -169,17 +187,22 @@ def _loss_range(runs: Sequence[Contender]) -> tuple[float, float]:
         else float(run.valid_bpb.max())
         for run in runs
     )
+    return _with_room(low, high)
+
+
+def _with_room(low: float, high: float) -> tuple[float, float]:
+    """Limits around all between; what differs by less than a tenth of a bit is not spread over the panel."""
     room = max(high - low, 0.1)
     return low - 0.08 * room, high + 0.08 * room
 
 
-def _label_ends(axes: "Axes", contenders: Mapping[str, Contender], kind: str) -> None:
-    """Each curve's name beside its end, moved apart where two would overlap."""
+def _label_ends(axes: "Axes", ends: Mapping[str, tuple[float, float]]) -> None:
+    """Each curve's name beside its end (place, bits per byte), moved apart where two would overlap."""
     from matplotlib.patheffects import withStroke
 
     last = sorted(
-        (float(run.valid_bpb[-1]), float(getattr(run, f"valid_{kind}")[-1]), name, colour)
-        for (name, run), colour in zip(contenders.items(), COLOURS, strict=False)
+        (float(bpb), float(place), name, colour)
+        for (name, (place, bpb)), colour in zip(ends.items(), COLOURS, strict=False)
     )
     low, high = axes.get_ylim()
     gap = (high - low) * 0.055
@@ -199,6 +222,47 @@ def _label_ends(axes: "Axes", contenders: Mapping[str, Contender], kind: str) ->
             # A curve that goes on longer may pass behind the name.
             path_effects=[withStroke(linewidth=3, foreground="white")],
         )
+
+
+# --- loss by position ---
+
+
+def _is_long(contender: Contender) -> bool:
+    return contender.position_edges is not None and contender.position_edges[-1] >= LONG_CONTEXT
+
+
+def position_finding(contenders: Mapping[str, Contender]) -> str:
+    """What the panel of positions shows: the farthest bin, beside the nearest where there is but one contender."""
+    edges = next(iter(contenders.values())).position_edges
+    far = f"From position {edges[-2]:,} on"
+    if len(contenders) == 1:
+        (run,) = contenders.values()
+        first, last = run.position_bpb[[0, -1]]
+        return f"{far} {last:.3f} bits per byte, {first:.3f} before position {edges[1]:,}"
+    return f"{far} " + " ".join(_ranking({name: float(run.position_bpb[-1]) for name, run in contenders.items()}))
+
+
+def _draw_positions(part, contenders: Mapping[str, Contender]) -> None:
+    """Bits per byte after training over the position in the context, a mark in the middle of every bin."""
+    axes = part.subplots()
+    ends = {}
+    for (name, run), colour in zip(contenders.items(), COLOURS, strict=False):
+        middles = (run.position_edges[:-1] + run.position_edges[1:] - 1) / 2
+        axes.plot(middles, run.position_bpb, color=colour, linewidth=2.2, marker="o", markersize=4)
+        ends[name] = middles[-1], run.position_bpb[-1]
+    edges = run.position_edges
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(middles[0] / 1.2, edges[-1] * edges[-1] ** 0.12)  # room for the names at the curves' ends
+    # From the third bin on: what a model makes of its first few bytes would flatten all that comes after.
+    far = np.concatenate([run.position_bpb[2:] for run in contenders.values()])
+    axes.set_ylim(*_with_room(far.min(), far.max()))
+    axes.set_xticks(edges[1:], [f"{edge:,}" for edge in edges[1:]])
+    axes.minorticks_off()
+    axes.set_title(position_finding(contenders), loc="left", size=11, weight="bold")
+    axes.set_xlabel("position in the context, at the end of training", color=FAINT)
+    axes.set_ylabel("bits per byte", color=FAINT)
+    _tidy(axes)
+    _label_ends(axes, ends)
 
 
 # --- expert load ---

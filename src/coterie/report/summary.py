@@ -1,12 +1,16 @@
 """The figures of trained models side by side: what they cost, how fast they ran, what they reached."""
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 from coterie.report.cost import ModelCost
 from coterie.report.table import format_table, human_bytes, human_count
 
 Figures = Mapping[str, Any]
+
+# Bits per byte by position are shown of contexts from here on; shorter ones say little about a mixer.
+LONG_CONTEXT = 1024
 
 
 def _ratio(one: float, other: float) -> str:
@@ -40,8 +44,8 @@ def summarize(costs: Mapping[str, ModelCost], measured: Mapping[str, Figures]) -
 
     Args:
         costs: what each contender costs, by name.
-        measured: `Comparison.to_dict()` of the same contenders: bits per byte at equal tokens and seconds, speed,
-            load entropy and dead experts (None where there are no experts).
+        measured: `Comparison.to_dict()` of the same contenders: bits per byte at equal tokens and seconds and by
+            position, speed, load entropy and dead experts (None where there are no experts).
 
     Raises:
         ValueError: the names differ.
@@ -77,7 +81,26 @@ def format_summary(figures: Mapping[str, Figures]) -> str:
         if len(names) == 2:
             row.append("" if None in values else compare(*values))
         rows.append(row)
-    header = ["", *names]
-    if len(names) == 2:
-        header.append(f"{names[0]} : {names[1]}")
-    return format_table(header, rows)
+    return format_table(["", *_columns(names)], rows)
+
+
+def format_positions(figures: Mapping[str, Figures]) -> str:
+    """A table of the bits per byte at the end, by position in the context.
+
+    "" where that is shorter than 1,024, or where a contender's log has no such figures.
+    """
+    names = list(figures)
+    edges = figures[names[0]]["position_edges"]
+    if any(figures[name]["position_edges"] is None for name in names) or edges[-1] < LONG_CONTEXT:
+        return ""
+    rows = []
+    for index, (first, end) in enumerate(pairwise(edges)):
+        values = [figures[name]["position_bpb"][index] for name in names]
+        compared = [_difference(*values)] if len(names) == 2 else []
+        rows.append([f"{first:,}–{end - 1:,}", *map("{:.3f}".format, values), *compared])
+    return format_table(["bits per byte at positions", *_columns(names)], rows)
+
+
+def _columns(names: list[str]) -> list[str]:
+    """Titles of the columns: the names, and of two their comparison."""
+    return [*names, f"{names[0]} : {names[1]}"] if len(names) == 2 else names

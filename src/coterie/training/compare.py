@@ -67,6 +67,18 @@ class Contender:
         return self._series("valid_bpb", "valid_bpb")
 
     @property
+    def position_edges(self) -> np.ndarray | None:
+        """Edges of the bins of `position_bpb`, [bins + 1], or None in a log that has none."""
+        edges = self._last("position_edges")
+        return None if edges is None else np.array(edges)
+
+    @property
+    def position_bpb(self) -> np.ndarray | None:
+        """Bits per byte of the last evaluation by position in the context, [bins], or None in a log that has none."""
+        bpb = self._last("position_bpb")
+        return None if bpb is None else np.array(bpb)
+
+    @property
     def expert_load(self) -> np.ndarray | None:
         """Each expert's share of its layer's routed slots at each evaluation, [evaluations, layers, E], or None."""
         load = self._series("expert_load", "expert_load")
@@ -138,6 +150,8 @@ class Comparison:
                 "tokens_per_second": contender.tokens_per_second,
                 "load_entropy": contender.load_entropy,
                 "dead_experts": contender.dead_experts,
+                "position_edges": contender._last("position_edges"),
+                "position_bpb": contender._last("position_bpb"),
             }
             for name, contender in self.contenders.items()
         }

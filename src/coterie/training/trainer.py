@@ -162,7 +162,7 @@ class Trainer:
         return record
 
     def evaluate(self) -> Evaluation:
-        """Bits per byte and expert load on the validation windows, always the same ones."""
+        """Bits per byte, by position too, and expert load on the validation windows, always the same ones."""
         config = self.config
         return evaluate(
             self._forward,
@@ -268,7 +268,11 @@ class Trainer:
 
     def _evaluation_fields(self) -> Record:
         evaluation = self.evaluate()
-        fields = {"valid_bpb": evaluation.bpb}
+        fields = {
+            "valid_bpb": evaluation.bpb,
+            "position_edges": evaluation.position_edges,
+            "position_bpb": evaluation.position_bpb,
+        }
         if evaluation.expert_load:
             fields["valid_load_entropy"] = evaluation.load_entropy
             fields["dead_experts"] = evaluation.dead_experts
