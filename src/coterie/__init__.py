@@ -16,6 +16,7 @@ from coterie.models import (
 )
 from coterie.modules import (
     Attention,
+    CrossAttention,
     Experts,
     GatedMLP,
     LatentAttention,
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Attention",
+    "CrossAttention",
     "Experts",
     "GatedMLP",
     "KVCache",
