@@ -119,7 +119,7 @@ def test_whole_numbers_do_for_floats_and_the_config_is_frozen():
         (
             {"mixers": ("mamba",)},
             ValueError,
-            "mixers must be of 'attention', 'window_attention', 'latent_attention', 'linear_attention', got 'mamba'",
+            "mixers must be of 'attention', 'window_attention', 'sparse_attention', 'latent_attention', .* got 'mamba'",
         ),
         ({**LATENT, "kv_rank": 0}, ValueError, "kv_rank must be positive, got 0"),
         ({"kv_rank": -1}, ValueError, "kv_rank must not be negative, got -1"),

@@ -46,7 +46,7 @@ def test_round_trip_is_bit_equal(file, small_model):
     assert load_file(file).keys() == {f"{name}.{letter}" for name in names for letter in "ab"}
     assert os.listdir(file.parent) == ["maths.safetensors"]
     factors = sum(p.numel() for p in lora_parameters(twin))
-    assert factors * 4 < file.stat().st_size < factors * 4 + 10_000  # nothing else is in it
+    assert factors * 4 < file.stat().st_size < factors * 4 + 12_000  # nothing else is in it
 
 
 def test_several_under_other_names(file, small_model):
@@ -88,8 +88,8 @@ def test_what_does_not_fit_is_named_and_changes_nothing(file, small_model):
     refused(r"missing layers\.0\.mixer", {key: t for key, t in tensors.items() if key != name})
     refused("unexpected stranger", {**tensors, "stranger": torch.zeros(1)})
     refused(
-        r"has no layers\.9\.mixer\.q_proj\.weight \(1 such in all\)",
-        matrices=[*facts["matrices"], "layers.9.mixer.q_proj.weight"],
+        r"has no layers\.99\.mixer\.q_proj\.weight \(1 such in all\)",
+        matrices=[*facts["matrices"], "layers.99.mixer.q_proj.weight"],
     )
     refused("of another shape", rank=4)
     refused("its version is 2, this coterie reads 1", version=2)

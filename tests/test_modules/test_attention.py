@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from coterie.modules.attention import Attention, AttentionCache, causal_attention
+from coterie.modules.attention import Attention, causal_attention
+from coterie.modules.attention_cache import AttentionCache
 from coterie.modules.rotary import RotaryEmbedding
 
 HEADS = [(4, 4), (4, 2), (6, 1)]

@@ -260,6 +260,34 @@ def test_padding_in_what_came_before():
     assert relative_error(across[:1], alone) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["full", "sinks", "blocks", "all of them"])
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_while_decoding(name, length, causal):
+    """Every row of the batch has its own padding, one nothing else; the same as many queries at once get."""
+    mask = torch.rand(3, 37, generator=torch.Generator().manual_seed(3)) < 0.7
+    mask[1], mask[0, -2:] = False, True
+    q, k, v, sink_logits = make_inputs(3, length, 37)
+    settings = {"causal": causal} | SETTINGS[name]
+    if "block_ids" in settings:
+        settings["block_ids"] = make_ids(3, length, 2, 3, 9)
+    if not causal:
+        settings.pop("window", None)
+    unseen = mask[:, -length:] if causal else torch.ones(3, length, dtype=torch.bool)
+    with torch.no_grad():
+        q[~unseen] = torch.nan
+        for t in (k, v):
+            t[~mask] = torch.nan
+    more = (q, k, v), {"sink_logits": sink_logits, "token_mask": mask, "return_lse": True, **settings}
+    results = []
+    for impl in ("torch", "reference"):
+        o, lse = sparse_attention(*more[0], impl=impl, **more[1])
+        lse = lse.masked_fill(lse == -torch.inf, 0)
+        results.append((o, lse, *torch.autograd.grad(o.sin().sum() + lse.sum(), (q, k, v, sink_logits))))
+    for got, wanted in zip(*results, strict=True):
+        assert relative_error(got, wanted) < 1e-6
+
+
 def test_merged_parts_are_the_whole():
     """Near and far, each on its own, the way NSA's branches or a cache in pieces are joined."""
     q, k, v, sink_logits = make_inputs()

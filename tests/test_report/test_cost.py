@@ -107,6 +107,35 @@ def test_a_window_by_hand():
         assert length * cost.total.cache_bytes + cost.total.state_bytes == model.new_cache(1, length).nbytes
 
 
+def test_sparse_attention_by_hand():
+    """Blocks of 4, three of them and a window of 5; the second layer sees what the first one chose."""
+    sparse = replace(MIXED, mixers=("sparse_attention",), sparse_window=5, sparse_block_size=4, sparse_num_blocks=3)
+    plain = 2 * (24 * 24 * 2 + 24 * 12 * 2)
+
+    def keys(most):
+        return (most * (most + 1) / 2 + (256 - most) * most) / 256
+
+    blocks, per_key = 257 / 2 / 4, 2 * 2 * 24
+    for scorer, attended, scored, added in (
+        ("moba", keys(17), 2 * 2 * 6 * blocks, 12),
+        ("nsa", keys(5) + keys(12) + blocks, 2 * 24 * 3 * 4, 24),
+        ("indexer", keys(17), 2 * 4 * 7 * blocks + 2 * 24 * (4 * 6 + 6 + 4), 6),
+    ):
+        config = replace(sparse, sparse_scorer=scorer, sparse_share=2)
+        cost, model = model_cost(config, 256), Transformer(config, device="meta")
+        first, second = rows(cost)["layers.0.mixer"], rows(cost)["layers.1.mixer"]
+        assert first.flops == pytest.approx(plain + per_key * attended + scored)
+        assert second.flops == pytest.approx(plain + per_key * keys(17))
+        assert (first.cache_bytes, second.cache_bytes) == (4 * (2 * 12 + added / 4), 4 * 2 * 12)
+        for length in (1024, 65536):
+            assert length * cost.total.cache_bytes + cost.total.state_bytes == model.new_cache(1, length).nbytes
+        assert cost.full_attention_cache_bytes == 4 * 4 * 2 * 12
+    config = replace(sparse, sparse_scorer="window", sparse_sinks=2)
+    cost, model = model_cost(config, 256), Transformer(config, device="meta")
+    assert (cost.total.cache_bytes, cost.total.state_bytes) == (0, model.new_cache(1, 65536).nbytes)
+    assert rows(cost)["layers.0.mixer"].flops == pytest.approx(plain + per_key * keys(7))
+
+
 @pytest.mark.parametrize(
     ("rule", "own", "products"),
     [
@@ -163,8 +192,8 @@ def test_totals_are_those_of_the_model(config):
     cost = model_cost(config, 16)
     model = Transformer(config, device="meta")
     assert cost.total.params == sum(p.numel() for p in model.parameters())
-    cache = model.new_cache(1, 10)
-    assert 10 * cost.total.cache_bytes + cost.total.state_bytes == sum(layer.nbytes for layer in cache.layers)
+    cache = model.new_cache(1, 640)
+    assert 640 * cost.total.cache_bytes + cost.total.state_bytes == sum(layer.nbytes for layer in cache.layers)
     if config.feed_forwards == ("mlp",):
         assert cost.total.active_params == cost.total.params
         assert cost.break_even is None
@@ -261,8 +290,8 @@ def test_the_table_of_a_hybrid_says_what_its_cache_comes_to():
     assert "state" in text.splitlines()[0]
     lines = [line.split() for line in text.splitlines()]
     # Two heads of width 32: keys and values of four layers are 4 · 256 bytes, of which 256 stay; states are 3 · 9344.
-    assert ["1,024", "283", "B", "1.00", "KiB", "0.28", "×"] in lines
-    assert ["65,536", "256", "B", "1.00", "KiB", "0.25", "×"] in lines
+    assert ["1,024", "283", "KiB", "1.00", "MiB", "0.28", "×"] in lines
+    assert ["65,536", "16.0", "MiB", "64.0", "MiB", "0.25", "×"] in lines
     assert "state" not in format_cost(model_cost(TIED, L))
 
 

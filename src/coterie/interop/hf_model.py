@@ -191,12 +191,18 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("labels need the logits of all positions: logits_to_keep must be 0")
         counts = "full_attention" in self.config.layer_types
+        if "sparse_attention" in self.config.mixers and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "use_cache must be False where a mixer is 'sparse_attention': transformers' caches keep nothing of "
+                "blocks; use coterie.generate"
+            )
         if not counts and (use_cache or past_key_values is not None):
             raise ValueError(
                 "use_cache must be False where all mixers are 'linear_attention': transformers counts positions by keys"
             )
         if use_cache is None:
-            use_cache = counts and self.config.use_cache and not torch.is_grad_enabled()
+            keeps = counts and "sparse_attention" not in self.config.mixers
+            use_cache = keeps and self.config.use_cache and not torch.is_grad_enabled()
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         cache, token_mask = None, _token_mask(attention_mask, input_ids, past_key_values)
@@ -211,7 +217,8 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
 
         last = logits_to_keep if isinstance(logits_to_keep, int) and not output_hidden_states else 0
         with _hidden_states(self.model, output_hidden_states) as hidden_states:
-            logits, routings = self.model(input_ids, token_mask=token_mask, cache=cache, num_logits=last or None)
+            output = self.model(input_ids, token_mask=token_mask, cache=cache, num_logits=last or None)
+        logits, routings = output.logits, output.routings
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]
         elif logits_to_keep and not last:

@@ -55,7 +55,7 @@ def to_onnx(model: Transformer, path: str | os.PathLike) -> str:
         What was verified: the largest error of the logits over sequences of several lengths.
 
     Raises:
-        ValueError: the model has linear attention, windows or sink logits.
+        ValueError: the model has linear attention, windows, blocks or sink logits.
         ImportError: onnx, onnxscript or onnxruntime is not installed (pip install 'coterie[export]').
         VerificationError: onnxruntime computes something else; nothing is left at `path`, or what was there before.
     """
@@ -64,9 +64,9 @@ def to_onnx(model: Transformer, path: str | os.PathLike) -> str:
         raise ValueError(
             f"ONNX has no equivalent of this model's mixers = {config.mixers}: it has no loop like delta_rule's"
         )
-    if "window_attention" in config.mixers or config.attention_sink_logits:
+    if {"window_attention", "sparse_attention"} & {*config.mixers} or config.attention_sink_logits:
         raise ValueError(
-            f"export to ONNX has no windows and sink logits yet, got mixers = {config.mixers}, "
+            f"export to ONNX has no windows, blocks and sink logits yet, got mixers = {config.mixers}, "
             f"attention_sink_logits = {config.attention_sink_logits}"
         )
     for package in ("onnx", "onnxscript", "onnxruntime"):

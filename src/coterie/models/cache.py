@@ -6,7 +6,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from coterie.modules.attention import AttentionCache, WindowCache
+from coterie.modules.attention_cache import AttentionCache, WindowCache
 from coterie.modules.linear_attention import LinearAttentionCache
 
 

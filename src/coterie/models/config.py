@@ -9,9 +9,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 from coterie.modules.attention import QK_NORMS
 from coterie.modules.linear_attention import RULES
 from coterie.modules.rotary import parse_rotary_scaling
+from coterie.modules.sparse_attention import COMPRESSIONS, SCORERS
 from coterie.ops import activation_is_gated
 
-MIXERS = ("attention", "window_attention", "latent_attention", "linear_attention")
+MIXERS = ("attention", "window_attention", "sparse_attention", "latent_attention", "linear_attention")
+_ATTENTION = ("attention", "window_attention", "sparse_attention")  # with the same projections
 FEED_FORWARDS = ("mlp", "moe")
 
 
@@ -27,7 +29,8 @@ class TransformerConfig:
         num_kv_heads: G, key/value heads, which divides H; None: H.
         head_dim: P, even; None: D / H.
         mixers: what mixes positions in each layer: "attention", "window_attention" (over the last few positions),
-            "latent_attention" (deepseek_v3) or "linear_attention". A pattern: repeated up the layers, so its length
+            "sparse_attention" (over those and blocks chosen for each), "latent_attention" (deepseek_v3) or
+            "linear_attention". A pattern: repeated up the layers, so its length
             must divide num_layers; ("linear_attention",) * 3 + ("attention",) makes a hybrid.
         feed_forwards: the feed-forward of each layer, "mlp" or "moe"; a pattern too: ("mlp", "moe") alternates.
         hidden_dim: width of every "mlp"; 0 if there is none.
@@ -44,6 +47,15 @@ class TransformerConfig:
         kv_rank: width of the latent that "latent_attention" makes keys and values from; 0 if there is none.
         query_rank: width that "latent_attention" compresses queries to; None: it does not.
         value_dim: V, the width of a head's values in "latent_attention"; None: head_dim - rotary_dim.
+        sparse_scorer: how "sparse_attention" chooses blocks, "moba", "nsa", "indexer", or "window" (not at all); see
+            `coterie.SparseAttention`.
+        sparse_window: the last positions it sees besides, its own included; 0: none.
+        sparse_sinks: the first positions it sees besides.
+        sparse_block_size: Q, positions of a block.
+        sparse_num_blocks: S, blocks of a query.
+        sparse_compression: how "nsa" makes one key of a block, as their "mean" or by "learned" weights.
+        sparse_share: so many layers of "sparse_attention", one after the other, see the blocks that the first of them
+            chose.
         linear_rule: how "linear_attention" edits its state, "gated_delta" and others; see `coterie.LinearAttention`.
         linear_num_heads: its heads, with a state each; None: H.
         linear_num_key_heads: its heads of queries and keys, which divides those; None: the same.
@@ -53,14 +65,13 @@ class TransformerConfig:
         linear_num_edits: a token's edits of the state under the rule "delta_product"; None: 2.
         linear_negative_eigenvalues: edits may turn a direction of the state round, under rules that erase.
         qk_norm: RMSNorm on queries and keys, "head" by head (qwen3) or over "all" heads side by side (olmoe); None:
-            none. Of "attention" and "window_attention" alone, as num_kv_heads is.
+            none. Of "attention", "window_attention" and "sparse_attention" alone, as num_kv_heads is.
         qkv_bias: biases on the attention's projections of queries, keys and values; of "latent_attention", on those
             that compress.
         output_bias: a bias on the attention's output projection.
-        attention_output_gate: a sigmoid gate on what every head of "attention" reads (qwen3_next).
+        attention_output_gate: a sigmoid gate on what every head of those reads (qwen3_next).
         attention_window: how many positions "window_attention" sees, its own included; None if there is none.
-        attention_sink_logits: "attention" and "window_attention" have a learned score a head of a position that is not
-            there (gpt_oss).
+        attention_sink_logits: those have a learned score a head of a position that is not there (gpt_oss).
         attention_scale: what scores are multiplied by; None: P^-0.5.
         rope_theta: the rotary embedding's base.
         rotary_scaling: of a model that was trained on shorter texts; see `coterie.RotaryEmbedding`. None: none.
@@ -106,6 +117,13 @@ class TransformerConfig:
     kv_rank: int = 0
     query_rank: int | None = None
     value_dim: int | None = None
+    sparse_scorer: str = "moba"
+    sparse_window: int = 512
+    sparse_sinks: int = 0
+    sparse_block_size: int = 64
+    sparse_num_blocks: int = 16
+    sparse_compression: str = "mean"
+    sparse_share: int = 1
     linear_rule: str = "gated_delta"
     linear_num_heads: int | None = None
     linear_num_key_heads: int | None = None
@@ -139,6 +157,7 @@ class TransformerConfig:
         check_fields(self)
         positive = ["vocab_size", "dim", "num_layers", "num_heads", "max_length", "rope_theta", "norm_eps"]
         positive += ["embedding_scale", "residual_scale", "logit_divisor"]
+        positive += ["sparse_block_size", "sparse_num_blocks", "sparse_share"]
         optional = [
             "num_kv_heads",
             "head_dim",
@@ -160,12 +179,13 @@ class TransformerConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        widths = ("kv_rank", "hidden_dim", "expert_hidden_dim", "shared_hidden_dim", "linear_conv")
-        for name in (*widths, "num_experts", "top_k", "init_std"):
+        widths = ("kv_rank", "hidden_dim", "expert_hidden_dim", "shared_hidden_dim", "linear_conv", "sparse_window")
+        for name in (*widths, "num_experts", "top_k", "init_std", "sparse_sinks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         self._check_patterns()
         self._check_heads()
+        self._check_sparse()
         self._check_linear()
         if "moe" in self.feed_forwards:
             self._check_router()
@@ -207,21 +227,39 @@ class TransformerConfig:
                 f"attention_window must be given with the mixer 'window_attention', and only then, "
                 f"got {self.attention_window} with {self.mixers}"
             )
-        if not {"attention", "window_attention"} & {*self.mixers}:
+        if not {*_ATTENTION} & {*self.mixers}:
+            where = f"where no mixer is one of {', '.join(map(repr, _ATTENTION))}"
             if self.num_kv_heads not in (None, self.num_heads):
                 raise ValueError(
-                    f"num_kv_heads must be None or num_heads = {self.num_heads} where no mixer is 'attention' or "
-                    f"'window_attention', got {self.num_kv_heads}"
+                    f"num_kv_heads must be None or num_heads = {self.num_heads} {where}, got {self.num_kv_heads}"
                 )
             if self.qk_norm is not None:
-                raise ValueError(
-                    f"qk_norm must be None where no mixer is 'attention' or 'window_attention', got {self.qk_norm!r}"
-                )
+                raise ValueError(f"qk_norm must be None {where}, got {self.qk_norm!r}")
             for name in ("attention_output_gate", "attention_sink_logits"):
                 if getattr(self, name):
-                    raise ValueError(
-                        f"{name} must be False where no mixer is 'attention' or 'window_attention', got True"
-                    )
+                    raise ValueError(f"{name} must be False {where}, got True")
+
+    def _check_sparse(self) -> None:
+        for name, accepted in (("sparse_scorer", SCORERS), ("sparse_compression", COMPRESSIONS)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {getattr(self, name)!r}")
+        nsa, window = self.sparse_scorer == "nsa", self.sparse_scorer == "window"
+        for name, wrong, accepted in (
+            ("sparse_compression", self.sparse_compression != "mean" and not nsa, "'mean' but for 'nsa'"),
+            ("sparse_window", not self.sparse_window and (nsa or window), "at least 1"),
+            ("sparse_sinks", self.sparse_sinks and nsa, "0"),
+            ("sparse_num_blocks", self.sparse_num_blocks < 3 and nsa, "at least 3"),
+            ("sparse_share", self.sparse_share > 1 and window, "1"),
+            (
+                "attention_sink_logits",
+                self.attention_sink_logits and nsa and "sparse_attention" in self.mixers,
+                "False",
+            ),
+        ):
+            if wrong:
+                raise ValueError(
+                    f"{name} must be {accepted} for sparse_scorer {self.sparse_scorer!r}, got {getattr(self, name)!r}"
+                )
 
     def _check_linear(self) -> None:
         if self.linear_rule not in RULES:
@@ -273,6 +311,16 @@ class TransformerConfig:
     def layer_mixers(self) -> tuple[str, ...]:
         """`mixers` repeated to one entry a layer."""
         return self.mixers * (self.num_layers // len(self.mixers))
+
+    @property
+    def layer_scorers(self) -> tuple[str | None, ...]:
+        """What chooses the blocks in each layer; None: nothing, or an earlier one's are taken."""
+        scorers, count = [], 0
+        for mixer in self.layer_mixers:
+            is_sparse = mixer == "sparse_attention"
+            scorers.append(self.sparse_scorer if is_sparse and count % self.sparse_share == 0 else None)
+            count += is_sparse
+        return tuple(scorers)
 
     @property
     def layer_feed_forwards(self) -> tuple[str, ...]:

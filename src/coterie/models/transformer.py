@@ -1,7 +1,7 @@
 """The decoder-only transformer that the modules make up."""
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,8 @@ from coterie.models.cache import KVCache, token_positions
 from coterie.models.config import TransformerConfig
 from coterie.models.pretrained import load_weights, read_config, save_pretrained
 from coterie.modules._init import init_normal
-from coterie.modules.attention import Attention, AttentionCache, WindowCache
+from coterie.modules.attention import Attention
+from coterie.modules.attention_cache import AttentionCache, WindowCache
 from coterie.modules.embedding import TiedEmbedding
 from coterie.modules.gated_mlp import GatedMLP
 from coterie.modules.latent_attention import LatentAttention
@@ -21,7 +22,8 @@ from coterie.modules.moe import MoE
 from coterie.modules.norm import RMSNorm
 from coterie.modules.rotary import RotaryEmbedding
 from coterie.modules.router import TopKRouter
-from coterie.ops import Routing
+from coterie.modules.sparse_attention import SparseAttention
+from coterie.ops import Routing, Selection
 
 
 class TransformerOutput(NamedTuple):
@@ -30,10 +32,12 @@ class TransformerOutput(NamedTuple):
     Attributes:
         logits: [B, L, vocab] in the model's dtype (autocast's, under autocast).
         routings: one `Routing` a MoE layer, bottom up; losses and telemetry are functions of them.
+        selections: one `coterie.ops.Selection` a layer that chooses blocks of keys, bottom up.
     """
 
     logits: Tensor
     routings: tuple[Routing, ...]
+    selections: tuple[Selection, ...] = ()
 
 
 class TransformerLayer(nn.Module):
@@ -57,7 +61,10 @@ class TransformerLayer(nn.Module):
         place = {"device": device, "dtype": dtype}
         self.mixer_norm = _norm(config, **place)
         self.mixer: Attention | LatentAttention | LinearAttention
-        self.mixer = _MIXERS[config.layer_mixers[index]](config, **place)
+        if config.layer_mixers[index] == "sparse_attention":
+            self.mixer = _sparse_attention(config, config.layer_scorers[index], **place)
+        else:
+            self.mixer = _MIXERS[config.layer_mixers[index]](config, **place)
         self.feed_forward_norm = _norm(config, **place)
         self.feed_forward: MoE | GatedMLP
         if config.layer_feed_forwards[index] == "moe":
@@ -81,16 +88,26 @@ class TransformerLayer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         token_mask: Tensor | None = None,
         cache_layer: AttentionCache | WindowCache | LinearAttentionCache | None = None,
-    ) -> tuple[Tensor, Routing | None]:
-        """[B, L, D] → ([B, L, D], the routing of a MoE or None)."""
-        y = self.mixer(self.mixer_norm(x), rotary, token_mask=token_mask, cache_layer=cache_layer)
+        block_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None, Selection | None]:
+        """[B, L, D] → ([B, L, D], the routing of a MoE or None, the blocks that sparse attention chose or None).
+
+        block_ids: of an earlier layer, for sparse attention that does not choose.
+        """
+        h, where, selection = self.mixer_norm(x), {"token_mask": token_mask, "cache_layer": cache_layer}, None
+        if not isinstance(self.mixer, SparseAttention):
+            y = self.mixer(h, rotary, **where)
+        elif self.mixer.scorer is None:
+            y = self.mixer(h, rotary, block_ids=block_ids, **where)
+        else:
+            y, selection = self.mixer(h, rotary, return_selection=True, **where)
         x = x + _scaled(y, self.residual_scale)
         h, routing = self.feed_forward_norm(x), None
         if isinstance(self.feed_forward, MoE):
             y, routing = self.feed_forward(h, token_mask)
         else:
             y = self.feed_forward(h)
-        return x + _scaled(y, self.residual_scale), routing
+        return x + _scaled(y, self.residual_scale), routing, selection
 
 
 class Transformer(nn.Module):
@@ -169,14 +186,15 @@ class Transformer(nn.Module):
         rotary = self.rotary(place(input_ids, token_mask))
         x = _scaled(self.embedding(input_ids), self.config.embedding_scale)  # [B, L, D]
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
-        routings = []
+        routings, selections, block_ids = [], [], None
         for index, layer in enumerate(self.layers):
-            if recompute:
-                x, routing = checkpoint(layer, x, rotary, token_mask, use_reentrant=False)
-            else:
-                x, routing = layer(x, rotary, token_mask, None if cache is None else cache.layers[index])
+            own = x, rotary, token_mask, None if cache is None else cache.layers[index], block_ids
+            x, routing, selection = checkpoint(layer, *own, use_reentrant=False) if recompute else layer(*own)
             if routing is not None:
                 routings.append(routing)
+            if selection is not None:
+                selections.append(selection)
+                block_ids = selection.block_ids
         if cache is not None:
             cache.advance(input_ids, token_mask)
         if num_logits is not None:
@@ -185,7 +203,7 @@ class Transformer(nn.Module):
         logits = _tied_logits(self.embedding, x) if self.head is None else self.head(x)
         if self.config.logit_divisor != 1:
             logits = logits / self.config.logit_divisor
-        return TransformerOutput(logits, tuple(routings))
+        return TransformerOutput(logits, tuple(routings), tuple(selections))
 
     def moe_layers(self) -> list[MoE]:
         """The MoE modules, in the order of `TransformerOutput.routings`."""
@@ -233,28 +251,44 @@ def _norm(config: TransformerConfig, **place) -> RMSNorm:
     return RMSNorm(config.dim, config.norm_eps, zero_centered=config.norm_zero_centered, **place)
 
 
-def _attention(config: TransformerConfig, window: int | None = None, **place) -> Attention:
-    return Attention(
+def _attention(config: TransformerConfig, **place) -> Attention:
+    return Attention(config.dim, config.num_heads, **_attention_settings(config), **place)
+
+
+def _window_attention(config: TransformerConfig, **place) -> Attention:
+    settings = _attention_settings(config)
+    return Attention(config.dim, config.num_heads, window=config.attention_window, **settings, **place)
+
+
+def _sparse_attention(config: TransformerConfig, scorer: str | None, **place) -> SparseAttention:
+    return SparseAttention(
         config.dim,
         config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        qk_norm=config.qk_norm,
-        qkv_bias=config.qkv_bias,
-        output_bias=config.output_bias,
-        output_gate=config.attention_output_gate,
-        window=window,
-        sink_logits=config.attention_sink_logits,
-        scale=config.attention_scale,
-        rotary_interleaved=config.rotary_interleaved,
-        norm_eps=config.norm_eps,
-        norm_zero_centered=config.norm_zero_centered,
+        scorer=scorer,
+        window=config.sparse_window,
+        sinks=config.sparse_sinks,
+        block_size=config.sparse_block_size,
+        num_blocks=config.sparse_num_blocks,
+        compression=config.sparse_compression if scorer == "nsa" else "mean",
+        **_attention_settings(config),
         **place,
     )
 
 
-def _window_attention(config: TransformerConfig, **place) -> Attention:
-    return _attention(config, config.attention_window, **place)
+def _attention_settings(config: TransformerConfig) -> dict[str, Any]:
+    return {
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "qk_norm": config.qk_norm,
+        "qkv_bias": config.qkv_bias,
+        "output_bias": config.output_bias,
+        "output_gate": config.attention_output_gate,
+        "sink_logits": config.attention_sink_logits,
+        "scale": config.attention_scale,
+        "rotary_interleaved": config.rotary_interleaved,
+        "norm_eps": config.norm_eps,
+        "norm_zero_centered": config.norm_zero_centered,
+    }
 
 
 def _latent_attention(config: TransformerConfig, **place) -> LatentAttention:

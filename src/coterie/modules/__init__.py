@@ -20,6 +20,7 @@ from coterie.modules.norm import RMSNorm
 from coterie.modules.packed import pack_for_inference, unpack
 from coterie.modules.rotary import RotaryEmbedding
 from coterie.modules.router import TopKRouter
+from coterie.modules.sparse_attention import SparseAttention
 
 __all__ = [
     "Attention",
@@ -31,6 +32,7 @@ __all__ = [
     "MoE",
     "RMSNorm",
     "RotaryEmbedding",
+    "SparseAttention",
     "TopKRouter",
     "adapter_names",
     "add_lora",

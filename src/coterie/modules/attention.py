@@ -1,4 +1,4 @@
-"""Causal attention with grouped queries (Ainslie et al., arXiv:2305.13245), and the caches it decodes with."""
+"""Causal attention with grouped queries (Ainslie et al., arXiv:2305.13245)."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from coterie.modules._init import init_normal
 from coterie.modules._padding import without_padding
+from coterie.modules.attention_cache import AttentionCache, WindowCache
 from coterie.modules.norm import RMSNorm
 from coterie.modules.rotary import apply_rotary
 from coterie.ops import _causal_attention_cpu, sparse_attention
@@ -121,7 +122,7 @@ class Attention(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> "AttentionCache | WindowCache":
+    ) -> AttentionCache | WindowCache:
         """An empty cache for this layer, on its weights' device and in their dtype unless told otherwise."""
         weight = self.k_proj.weight
         place = {"device": device or weight.device, "dtype": dtype or weight.dtype}
@@ -135,7 +136,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         *,
         token_mask: Tensor | None = None,
-        cache_layer: "AttentionCache | WindowCache | None" = None,
+        cache_layer: AttentionCache | WindowCache | None = None,
     ) -> Tensor:
         """[B, L, D] → [B, L, D].
 
@@ -148,17 +149,7 @@ class Attention(nn.Module):
         """
         if token_mask is not None:
             x = without_padding(x, token_mask)
-        queries, keys, values = self._project(x)
-        if self.output_gate:
-            queries, gate = (t.flatten(2) for t in queries.unflatten(-1, (self.num_heads, -1)).chunk(2, dim=-1))
-        if self.qk_norm == "all":
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in (queries, keys, values))  # [B, L, .., P]
-        if self.qk_norm == "head":
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        turned = apply_rotary(torch.cat((queries, keys), dim=2), rotary, self.rotary_interleaved).transpose(1, 2)
-        queries, keys = turned.split((self.num_heads, self.num_kv_heads), dim=1)  # [B, H, L, P], [B, G, L, P]
-        values = values.transpose(1, 2)
+        queries, keys, values, gate = self._heads(x, rotary)
         key_mask = token_mask
         if cache_layer is not None:
             keys, values, key_mask = cache_layer.append(keys, values, token_mask)
@@ -168,8 +159,27 @@ class Attention(nn.Module):
             rows = (t.transpose(1, 2) for t in (queries, keys, values))
             settings = {"window": self.window, "sink_logits": self.sink_logits, "scale": self.scale}
             y = sparse_attention(*rows, token_mask=key_mask, **settings)
+        return self._output(y, gate)
+
+    def _heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries [B, H, L, P], keys and values [B, G, L, P], and what gates the output [B, L, H·P], if anything."""
+        queries, keys, values = self._project(x)
+        gate = None
+        if self.output_gate:
+            queries, gate = (t.flatten(2) for t in queries.unflatten(-1, (self.num_heads, -1)).chunk(2, dim=-1))
+        if self.qk_norm == "all":
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)) for t in (queries, keys, values))  # [B, L, .., P]
+        if self.qk_norm == "head":
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        turned = apply_rotary(torch.cat((queries, keys), dim=2), rotary, self.rotary_interleaved).transpose(1, 2)
+        queries, keys = turned.split((self.num_heads, self.num_kv_heads), dim=1)
+        return queries, keys, values.transpose(1, 2), gate
+
+    def _output(self, y: Tensor, gate: Tensor | None) -> Tensor:
+        """What every head read, [B, L, H, P] → [B, L, D]."""
         y = y.flatten(2)
-        return self.o_proj(y * gate.sigmoid() if self.output_gate else y)
+        return self.o_proj(y if gate is None else y * gate.sigmoid())
 
     def _project(self, x: Tensor) -> Sequence[Tensor]:
         """[B, L, D] → queries [B, L, H·P], with the output's gate [B, L, H·2P]; keys and values [B, L, G·P]."""
@@ -223,179 +233,3 @@ def causal_attention(
         y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
     y = y[..., :value_dim]
     return y if key_mask is None else y.masked_fill(~query_mask, 0)
-
-
-class AttentionCache:
-    """One attention layer's keys and values, in memory that is taken once; of use under `torch.no_grad()`.
-
-    Args:
-        batch_size, num_kv_heads, max_length, head_dim: B, G, positions to make room for, P.
-        value_dim: V; None: P. 0 where values are channels of the keys, as in latent attention.
-
-    Attributes:
-        keys: [B, G, max_length, P]; the first `length` positions are filled.
-        values: [B, G, max_length, V], likewise.
-        token_mask: [B, max_length] bool, or None as long as nothing appended was masked.
-        length: positions filled.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        num_kv_heads: int,
-        max_length: int,
-        head_dim: int,
-        *,
-        value_dim: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if batch_size < 1 or max_length < 1:
-            raise ValueError(f"a cache needs batch_size and max_length ≥ 1, got {batch_size} and {max_length}")
-        shape = (batch_size, num_kv_heads, max_length)
-        self.keys = torch.empty(*shape, head_dim, device=device, dtype=dtype)
-        self.values = torch.empty(*shape, head_dim if value_dim is None else value_dim, device=device, dtype=dtype)
-        self.token_mask: Tensor | None = None
-        self.length = 0
-
-    @property
-    def max_length(self) -> int:
-        return self.keys.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, filled or not."""
-        return sum(tensor.nbytes for tensor in (self.keys, self.values, self.token_mask) if tensor is not None)
-
-    def append(
-        self, keys: Tensor, values: Tensor, token_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add L positions; get views of all so far.
-
-        Args:
-            keys, values: [B, G, L, P] and [B, G, L, V]; cast to the cache's dtype.
-            token_mask: [B, L] bool; None: no padding among them.
-
-        Returns:
-            keys [B, G, length, P] and values [B, G, length, V] in the dtype they came in, and token_mask [B, length] or
-            None.
-        """
-        batch_size, _, added, _ = keys.shape
-        start, end = self.length, self.length + added
-        if batch_size != self.keys.shape[0]:
-            raise ValueError(f"the cache is for a batch of {self.keys.shape[0]}, got {batch_size}")
-        if end > self.max_length:
-            raise ValueError(
-                f"the cache is full: it holds {start} of at most {self.max_length} positions, and {added} more came; "
-                "make it with a larger max_length"
-            )
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            raise ValueError("a cache carries no gradients: call under torch.no_grad()")
-        self.keys[:, :, start:end] = keys
-        self.values[:, :, start:end] = values
-        if token_mask is not None and self.token_mask is None:
-            shape = (batch_size, self.max_length)
-            self.token_mask = torch.ones(shape, dtype=torch.bool, device=self.keys.device)
-        if self.token_mask is not None:
-            self.token_mask[:, start:end] = True if token_mask is None else token_mask
-        self.length = end
-        seen = None if self.token_mask is None else self.token_mask[:, :end]
-        return self.keys[:, :, :end].to(keys.dtype), self.values[:, :, :end].to(values.dtype), seen
-
-    def snapshot(self) -> int:
-        """What `rollback` needs: the length alone, for what comes later is written behind it."""
-        return self.length
-
-    def rollback(self, snapshot: int) -> None:
-        """Forget what came after the snapshot."""
-        self.length = snapshot
-
-
-class WindowCache:
-    """What a window of W positions needs of the past, W - 1 keys and values; of use under `torch.no_grad()`.
-
-    Args:
-        batch_size, num_kv_heads, window, head_dim: B, G, W, P.
-
-    Attributes:
-        keys, values: [B, G, W-1, P], the last ones, the newest behind.
-        is_token: [B, W-1] bool, False where there is none yet: in the front.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        num_kv_heads: int,
-        window: int,
-        head_dim: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if batch_size < 1 or window < 1:
-            raise ValueError(f"a cache needs batch_size and window ≥ 1, got {batch_size} and {window}")
-        shape = (batch_size, num_kv_heads, window - 1, head_dim)
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.is_token = torch.zeros(batch_size, window - 1, dtype=torch.bool, device=device)
-        self.length = 0  # positions that have come
-        self._has_padding = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, filled or not."""
-        return self.keys.nbytes + self.values.nbytes + self.is_token.nbytes
-
-    def append(
-        self, keys: Tensor, values: Tensor, token_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add L positions; get them behind those that their windows may reach.
-
-        Args:
-            keys, values: [B, G, L, P]; kept in the cache's dtype.
-            token_mask: [B, L] bool; None: no padding among them.
-
-        Returns:
-            keys and values [B, G, n + L, P], n ≤ W - 1, and the mask of all, or None where it has no False.
-        """
-        if keys.shape[0] != self.keys.shape[0]:
-            raise ValueError(f"the cache is for a batch of {self.keys.shape[0]}, got {keys.shape[0]}")
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            raise ValueError("a cache carries no gradients: call under torch.no_grad()")
-        room = self.keys.shape[2]
-        self._has_padding |= token_mask is not None
-        # Without padding there are as many as have come: no mask is needed.
-        first = 0 if self._has_padding else room - min(self.length, room)
-        if token_mask is None:
-            token_mask = self.is_token.new_ones(keys.shape[0], keys.shape[2])
-        all_keys, all_values = (
-            torch.cat((own[:, :, first:].to(new.dtype), new), 2)
-            for own, new in ((self.keys, keys), (self.values, values))
-        )
-        mask = torch.cat((self.is_token[:, first:], token_mask), 1)
-        self._keep(all_keys, all_values, mask)
-        self.length += keys.shape[2]
-        return all_keys, all_values, mask if self._has_padding else None
-
-    def _keep(self, keys: Tensor, values: Tensor, mask: Tensor) -> None:
-        """The last W-1 tokens, which padding does not push out."""
-        kept = min(mask.shape[1], self.keys.shape[2])
-        if not kept:
-            return
-        if self._has_padding:
-            order = mask.byte().argsort(stable=True, dim=1)[:, -kept:]  # padding to the front
-            mask = mask.gather(1, order)
-            where = order[:, None, :, None].expand(-1, *keys.shape[1:2], -1, keys.shape[3])
-            keys, values = (t.gather(2, where) for t in (keys, values))
-        self.keys[:, :, -kept:] = keys[:, :, -kept:]
-        self.values[:, :, -kept:] = values[:, :, -kept:]
-        self.is_token[:, -kept:] = mask[:, -kept:]
-
-    def snapshot(self) -> tuple[Tensor | int | bool, ...]:
-        """Copies of all that is kept, for `rollback`."""
-        return self.keys.clone(), self.values.clone(), self.is_token.clone(), self.length, self._has_padding
-
-    def rollback(self, snapshot: tuple[Tensor | int | bool, ...]) -> None:
-        """Be as at the snapshot again."""
-        *tensors, self.length, self._has_padding = snapshot
-        for own, then in zip((self.keys, self.values, self.is_token), tensors, strict=True):
-            own.copy_(then)

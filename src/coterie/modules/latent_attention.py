@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from coterie.modules._init import init_normal
 from coterie.modules._padding import without_padding
-from coterie.modules.attention import AttentionCache, causal_attention
+from coterie.modules.attention import causal_attention
+from coterie.modules.attention_cache import AttentionCache
 from coterie.modules.norm import RMSNorm
 from coterie.modules.rotary import apply_rotary
 

@@ -367,6 +367,20 @@ def _gradients(
     return sweep.by_head(grad_q.mul_(seen.scale), q), grad_k, grad_v, grad_sinks
 
 
+def selected_mass(q: Tensor, k: Tensor, lse: Tensor, block_ids: Tensor, seen: Seen) -> Tensor:
+    """[B, L, G, S]; see `coterie.ops.selected_mass`."""
+    sweep = _Sweep(q, k, k[..., :0], block_ids, seen)
+    lse, ids = sweep.by_unit(lse), sweep.plan.block_ids
+    mass = lse.new_zeros(ids.shape)
+    for tile in sweep.plan:
+        weights = sweep.scores(tile).sub_(take(lse, tile).unsqueeze(-1)).exp_()
+        rows = tile.rows[: tile.count]
+        own = weights.sum(-1).unflatten(0, (-1, sweep.q.shape[2])).sum(-1)[: tile.count]
+        slot = (ids[tile.unit].index_select(0, rows) == tile.keys.start // seen.block_size).byte().argmax(-1)
+        mass[tile.unit].index_put_((rows, slot), own)
+    return mass.unflatten(0, (-1, sweep.groups)).transpose(1, 2).contiguous()
+
+
 @_forward_op.register_fake
 def _(q, k, v, block_ids, sink_logits, *settings):
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))

@@ -6,6 +6,8 @@ StreamingLLM attention (arXiv:2309.17453), MoBA (arXiv:2502.13189), NSA (arXiv:2
 selects.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,7 +58,8 @@ def sparse_attention(
         softcap: c, scores become c · tanh(score / c) (Gemma 2).
         cu_seqlens: [number of sequences + 1] int64, the bounds of sequences packed into L = Lk; B must be 1.
         token_mask: [B, Lk] bool; False is padding, whatever it contains: seen by nobody, and 0 as a query's output.
-            With it, and with block_ids, an accelerator is waited for; and a mask cannot be traced into one graph.
+            With it and more than a few queries, and with block_ids, an accelerator is waited for; and a mask cannot be
+            traced into one graph.
         return_lse: whether log Z is wanted, to merge outputs over sets of keys without a common one: `merge_by_lse`.
         impl: "reference" (all scores at once, any dtype, twice differentiable) | "torch" (time and memory grow with
             what is seen, not with L · Lk). None: torch.
@@ -72,32 +75,21 @@ def sparse_attention(
     check_tensor("q", q, (None, None, None, None), "[B, L, H, P]")
     impl = choose_impl(impl, q, _IMPLS)
     _check(q, k, v, window, sinks, block_ids, block_size, sink_logits, causal, softcap, cu_seqlens, token_mask)
-    batch, length, heads, width = q.shape
+    length, width = q.shape[1], q.shape[3]
     if block_ids is not None and block_ids.shape[1] != length:
         block_ids = block_ids.repeat_interleave(block_size, 1)[:, :length]
     block_size = min(block_size, max(k.shape[1], 1))  # as well as a larger one
     if window is None:
         window = 0 if block_ids is not None else k.shape[1]
     seen = tiles.Seen(window, sinks, block_size, causal, width**-0.5 if scale is None else float(scale), softcap)
-    sequences = _sequences(batch, length, k.shape[1], causal, cu_seqlens, token_mask)
-    attend = _dense if impl == "reference" else _attend
     with no_autocast(q.device.type):
-        if not sequences:
-            o, lse = attend(q, k, v, block_ids, sink_logits, seen)
+        if impl == "reference" and cu_seqlens is None:
+            o, lse = _dense(q, k, v, block_ids, sink_logits, seen, token_mask)
+        elif 0 < length <= _FEW_QUERIES and k.shape[1] and cu_seqlens is None:
+            o, lse = _few(q, k, v, block_ids, sink_logits, seen, token_mask)
         else:
-            parts = []
-            for row, queries, keys in sequences:
-                own_q, own_k, own_v = (t[row, at].unsqueeze(0) for t, at in ((q, queries), (k, keys), (v, keys)))
-                ids = None if block_ids is None else block_ids[row, queries].unsqueeze(0)
-                parts.append(attend(own_q, own_k, own_v, ids, sink_logits, seen))
-            place = torch.cat([row * length + queries for row, queries, _ in sequences])
-            nothing = (0.0, v.dtype, v.shape[3:]), (-torch.inf, _wide(q), ())
-            o, lse = (
-                torch.full((batch * length, heads, *last), fill, dtype=dtype, device=q.device)
-                .index_copy(0, place, torch.cat(part, 1)[0])
-                .unflatten(0, (batch, length))
-                for (fill, dtype, last), part in zip(nothing, zip(*parts, strict=True), strict=True)
-            )
+            attend = _dense if impl == "reference" else tiles.attend
+            o, lse = _many(attend, q, k, v, block_ids, sink_logits, seen, cu_seqlens, token_mask)
     return (o, lse) if return_lse else o
 
 
@@ -125,12 +117,45 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
+def _many(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_ids: Tensor | None,
+    sink_logits: Tensor | None,
+    seen: tiles.Seen,
+    cu_seqlens: Tensor | None,
+    token_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Sequence by sequence, where a row is not one."""
+    if token_mask is None and cu_seqlens is None:
+        return attend(q, k, v, block_ids, sink_logits, seen)
+    batch, length, heads, _ = q.shape
+    sequences, parts = _sequences(batch, length, k.shape[1], seen.causal, cu_seqlens, token_mask), []
+    for row, queries, keys in sequences:
+        own_q, own_k, own_v = (t[row, at].unsqueeze(0) for t, at in ((q, queries), (k, keys), (v, keys)))
+        ids = None if block_ids is None else block_ids[row, queries].unsqueeze(0)
+        parts.append(attend(own_q, own_k, own_v, ids, sink_logits, seen))
+    nothing = v.new_zeros(batch * length, heads, v.shape[3]), _nothing(batch * length, heads, q)
+    if not parts:
+        return tuple(t.unflatten(0, (batch, length)) for t in nothing)
+    place = torch.cat([row * length + queries for row, queries, _ in sequences])
+    return tuple(
+        t.index_copy(0, place, torch.cat(part, 1)[0]).unflatten(0, (batch, length))
+        for t, part in zip(nothing, zip(*parts, strict=True), strict=True)
+    )
+
+
+def _nothing(rows: int, heads: int, q: Tensor) -> Tensor:
+    """log Z of what sees nothing."""
+    return torch.full((rows, heads), -torch.inf, dtype=_wide(q), device=q.device)
+
+
 def _sequences(
     batch: int, length: int, num_keys: int, causal: bool, cu_seqlens: Tensor | None, token_mask: Tensor | None
-) -> list[tuple[int, Tensor, Tensor]] | None:
-    """(row of the batch, its queries, its keys) of each sequence; None: every row is one."""
-    if token_mask is None and cu_seqlens is None:
-        return None
+) -> list[tuple[int, Tensor, Tensor]]:
+    """(row of the batch, its queries, its keys) of each sequence."""
     bounds, found = [(0, num_keys)] if cu_seqlens is None else read_cu_seqlens(cu_seqlens, length), []
     device = cu_seqlens.device if token_mask is None else token_mask.device
     for row in range(batch):
@@ -149,97 +174,169 @@ def _sequences(
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor | None, sink_logits: Tensor | None, seen: tiles.Seen
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_ids: Tensor | None,
+    sink_logits: Tensor | None,
+    seen: tiles.Seen,
+    token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As it stands above."""
     dtype = _wide(q)
     batch, length = q.shape[:2]
     num_keys, groups = k.shape[1:3]
+    key = torch.arange(num_keys, device=q.device).unsqueeze(0)  # its position [B or 1, Lk]
+    if token_mask is not None:
+        key = token_mask.cumsum(1) - 1
+        # What padding contains must not matter, be it NaN.
+        k, v = (t.masked_fill(~token_mask[:, :, None, None], 0) for t in (k, v))
+        if seen.causal:
+            q = q.masked_fill(~token_mask[:, num_keys - length :, None, None], 0)
+    query = key[:, num_keys - length :, None] if seen.causal else None  # [B or 1, L, 1]
+    key = key.unsqueeze(1)
     grouped = q.to(dtype).unflatten(2, (groups, -1))
     scores = torch.einsum("blgrp,bkgp->bgrlk", grouped, k.to(dtype)) * seen.scale
     if seen.softcap is not None:
         scores = seen.softcap * (scores / seen.softcap).tanh()
-    key = torch.arange(num_keys, device=q.device)
-    query = torch.arange(num_keys - length, num_keys, device=q.device).unsqueeze(-1)
-    in_window = key > query - seen.window if seen.causal else key.expand(length, -1) < seen.window
-    visible = (in_window | (key < seen.sinks)).expand(batch, groups, -1, -1)
+    in_window = key > query - seen.window if seen.causal else key.expand(-1, length, -1) < seen.window
+    visible = (in_window | (key < seen.sinks)).unsqueeze(1).expand(batch, groups, -1, -1)
     if block_ids is not None:
         blocks = -(-num_keys // seen.block_size)
         ids = torch.where((block_ids < 0) | (block_ids >= blocks), blocks, block_ids).transpose(1, 2)
         selected = torch.zeros(batch, groups, length, blocks + 1, dtype=torch.bool, device=q.device)
         selected = selected.scatter(3, ids, True)[..., :blocks]
-        visible = visible | selected.repeat_interleave(seen.block_size, 3)[..., :num_keys]
+        block = (key.clamp(min=0) // seen.block_size).unsqueeze(1)
+        visible = visible | selected.gather(3, block.expand(batch, groups, length, -1))
     if seen.causal:
-        visible = visible & (key <= query)
+        visible = visible & (key <= query).unsqueeze(1)
+    if token_mask is not None:
+        visible = visible & token_mask[:, None, None, :]
+        if seen.causal:
+            visible = visible & token_mask[:, None, num_keys - length :, None]
     scores = scores.masked_fill(~visible.unsqueeze(2), -torch.inf)
+    o, lse = _weighted([scores], [v.to(dtype).transpose(1, 2)], sink_logits)
+    o, lse = (t.flatten(1, 2).transpose(1, 2) for t in (o, lse))
+    if token_mask is not None and seen.causal:
+        o, lse = _without_padding(o, lse, token_mask[:, num_keys - length :])
+    return o.to(v.dtype), lse
+
+
+def _weighted(scores: list[Tensor], values: list[Tensor], sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """scores [B, G, R, L, n] and values [B, G, n, V] of every part of the keys → o [B, G, R, L, V], log Z."""
+    sizes = [part.shape[-1] for part in scores]
     if sink_logits is not None:
-        sink = sink_logits.to(dtype).view(1, groups, -1, 1, 1).expand(batch, -1, -1, length, 1)
-        scores = torch.cat((scores, sink), -1)
+        batch, groups, _, length, _ = scores[0].shape
+        sink = sink_logits.to(scores[0].dtype).view(1, groups, -1, 1, 1)
+        scores = [*scores, sink.expand(batch, -1, -1, length, 1)]
+        sizes.append(1)
+    scores = torch.cat(scores, -1)
     lse = scores.logsumexp(-1, keepdim=True)
-    weights = (scores[..., :num_keys] - lse.masked_fill(lse == -torch.inf, 0)).exp()
-    o = torch.einsum("bgrlk,bkgv->blgrv", weights, v.to(dtype)).flatten(2, 3)
-    return o.to(v.dtype), lse.squeeze(-1).flatten(1, 2).transpose(1, 2)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)).exp().split(sizes, -1)
+    o = sum((part.flatten(2, 3) @ rows for part, rows in zip(weights, values, strict=False)))
+    return o.unflatten(2, scores.shape[2:4]), lse.squeeze(-1)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor | None, sink_logits: Tensor | None, seen: tiles.Seen
-) -> tuple[Tensor, Tensor]:
-    if 0 < q.shape[1] <= _FEW_QUERIES and k.shape[1]:
-        return _gathered(q, k, v, block_ids, sink_logits, seen)
-    return tiles.attend(q, k, v, block_ids, sink_logits, seen)
+def _without_padding(o: Tensor, lse: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
+    """0 and −∞ at queries [B, L] that are padding, whose sink may have been seen."""
+    return o.masked_fill(~is_token[..., None, None], 0), lse.masked_fill(~is_token.unsqueeze(-1), -torch.inf)
 
 
-def _gathered(
-    q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor | None, sink_logits: Tensor | None, seen: tiles.Seen
+def _few(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_ids: Tensor | None,
+    sink_logits: Tensor | None,
+    seen: tiles.Seen,
+    token_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Query by query over the keys that it sees, which are gathered: decoding."""
-    (batch, length), (num_keys, groups) = q.shape[:2], k.shape[1:3]
-    dtype, outputs = _wide(q), []
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    for i in range(length):
-        stop = num_keys - length + i + 1 if seen.causal else num_keys
+    length, num_keys = q.shape[1], k.shape[1]
+    if token_mask is None:
+        stops = [num_keys - length + i + 1 if seen.causal else num_keys for i in range(length)]
+        outputs = [
+            _one(q[:, i], k, v, None if block_ids is None else block_ids[:, i], sink_logits, seen, stop)
+            for i, stop in enumerate(stops)
+        ]
+    elif block_ids is None:  # what a window sees is what its cache holds, more or less
+        return _dense(q, k, v, None, sink_logits, seen, token_mask)
+    else:
+        position = token_mask.cumsum(1) - 1
+        is_token = token_mask[:, num_keys - length :] if seen.causal else token_mask.any(1, keepdim=True)
+        q = q.masked_fill(~is_token[..., None, None], 0)
+        places = torch.where(token_mask, position, num_keys)
+        slots = torch.arange(num_keys, device=q.device).expand_as(places)
+        slots = torch.zeros_like(places[:, :1]).expand(-1, num_keys + 1).scatter(1, places, slots)[:, :num_keys]
+        outputs = []
+        for i in range(length):
+            stop = (position[:, num_keys - length + i] if seen.causal else position[:, -1]) + 1
+            outputs.append(_one(q[:, i], k, v, block_ids[:, i], sink_logits, seen, stop, slots))
+    o, lse = (torch.stack(each, 1) for each in zip(*outputs, strict=True))
+    if token_mask is not None and seen.causal:
+        o, lse = _without_padding(o, lse, is_token)
+    return o.to(v.dtype), lse
+
+
+def _one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_ids: Tensor | None,
+    sink_logits: Tensor | None,
+    seen: tiles.Seen,
+    stop: int | Tensor,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One query [B, H, P] over keys before the position `stop` (or [B] of them, with the `slots` [B, Lk] of positions):
+    o [B, H, V] and log Z [B, H]."""
+    dtype, groups = _wide(q), k.shape[2]
+    if slots is None:
         first = max(stop - seen.window, 0)  # of the window
         parts = [(slice(first, stop), None)]
         if seen.sinks and first:
             parts.append((slice(0, min(seen.sinks, first)), None))
-        if block_ids is not None:
-            parts.append(_selected_keys(block_ids[:, i], seen, first))
-        query = q[:, i].to(dtype).unflatten(1, (groups, -1)) * seen.scale
-        keys, values = ([_rows(t, where).to(dtype) for where, _ in parts] for t in (k, v))
-        scores = torch.cat([query @ rows.mT for rows in keys], -1)
+    else:
+        stop, first = stop.view(-1, 1, 1), (stop - seen.window).clamp(min=0).view(-1, 1, 1)
+        window, sinks = (torch.arange(min(n, k.shape[1]), device=q.device) for n in (seen.window, seen.sinks))
+        parts = [(first + window, first + window >= stop), (sinks.expand_as(first + sinks), sinks >= first)]
+    if block_ids is not None:
+        parts.append(_selected_keys(block_ids, seen, first))
+    query = q.to(dtype).unflatten(1, (groups, -1)) * seen.scale
+    scores, values = [], []
+    for where, hidden in parts:
+        keys, own = (_rows(t.transpose(1, 2), where, slots).to(dtype) for t in (k, v))
+        if slots is not None:  # a place without a token may contain anything
+            keys, own = (t.masked_fill(hidden.unsqueeze(-1), 0) for t in (keys, own))
+        part = query @ keys.mT
         if seen.softcap is not None:
-            scores = seen.softcap * (scores / seen.softcap).tanh()
-        if block_ids is not None:
-            hidden = F.pad(parts[-1][1], (scores.shape[-1] - parts[-1][1].shape[-1], 0))
-            scores = scores.masked_fill(hidden.unsqueeze(2), -torch.inf)
-        if sink_logits is not None:
-            sink = sink_logits.to(dtype).view(groups, -1, 1).expand(batch, -1, -1, -1)
-            scores = torch.cat((scores, sink), -1)
-        lse = scores.logsumexp(-1, keepdim=True)
-        weights = (scores - lse.masked_fill(lse == -torch.inf, 0)).exp()
-        weights = weights.split([rows.shape[2] for rows in values] + [1] * (sink_logits is not None), -1)
-        o = sum(share @ rows for share, rows in zip(weights, values, strict=False))
-        outputs.append((o.flatten(1, 2), lse.flatten(1)))
-    o, lse = (torch.stack(each, 1) for each in zip(*outputs, strict=True))
-    return o.to(v.dtype), lse
+            part = seen.softcap * (part / seen.softcap).tanh()
+        scores.append((part if hidden is None else part.masked_fill(hidden.unsqueeze(2), -torch.inf)).unsqueeze(3))
+        values.append(own)
+    o, lse = _weighted(scores, values, sink_logits)
+    return o.flatten(1, 3), lse.flatten(1)
 
 
-def _selected_keys(block_ids: Tensor, seen: tiles.Seen, end: int) -> tuple[Tensor, Tensor]:
+def _selected_keys(block_ids: Tensor, seen: tiles.Seen, end: int | Tensor) -> tuple[Tensor, Tensor]:
     """The keys before `end` of blocks [B, G, S], and which of them are not to be seen: both [B, G, S · block size]."""
-    ids = block_ids.clamp(-1, -(-end // seen.block_size)).sort(-1).values
+    limit = torch.as_tensor(end, device=block_ids.device)
+    ids = torch.minimum(block_ids.clamp(min=-1), -(-limit // seen.block_size)).sort(-1).values
     repeated = F.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
     keys = ids.unsqueeze(-1) * seen.block_size + torch.arange(seen.block_size, device=ids.device)
-    hidden = ((keys < seen.sinks) | (keys >= end) | repeated.unsqueeze(-1)).flatten(2)
+    hidden = ((keys < seen.sinks) | (keys >= limit.unsqueeze(-1)) | repeated.unsqueeze(-1)).flatten(2)
     keys = keys.flatten(2)
-    return keys.clamp(0, max(end - 1, 0)), hidden | (keys < 0)
+    return torch.minimum(keys, limit - 1).clamp(min=0), hidden | (keys < 0)
 
 
-def _rows(t: Tensor, where: slice | Tensor) -> Tensor:
-    """[B, G, Lk, P] → those keys, [B, G, n, P]."""
+def _rows(t: Tensor, where: slice | Tensor, slots: Tensor | None) -> Tensor:
+    """[B, G, Lk, P] → the keys at those positions [B, G or 1, n]: [B, G, n, P]."""
     if isinstance(where, slice):
         return t[:, :, where]
     row, group = (torch.arange(size, device=t.device) for size in t.shape[:2])
-    return t[row.view(-1, 1, 1), group.view(-1, 1), where]
+    row = row.view(-1, 1, 1)
+    if slots is not None:
+        where = slots[row, where.clamp(max=slots.shape[1] - 1)]
+    return t[row, group.view(-1, 1), where]
 
 
 def _check(q, k, v, window, sinks, block_ids, block_size, sink_logits, causal, softcap, cu_seqlens, token_mask) -> None:

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coterie.models import Transformer, TransformerConfig
+from coterie.models.config import MIXERS
 from coterie.modules.attention import Attention
 from coterie.modules.latent_attention import LatentAttention
 from coterie.modules.linear_attention import LinearAttention
 from coterie.modules.moe import MoE
 from coterie.modules.router import TopKRouter
+from coterie.modules.sparse_attention import SparseAttention
 from coterie.report.table import format_table, human_bytes, human_count
 
-# At which `format_cost` says how much of a cache is state.
-_CACHE_LENGTHS = (1024, 4096, 65536)
-_OF_ONE_SIZE = ("linear_attention", "window_attention")  # mixers whose cache does not grow with the length
+_CACHE_LENGTHS = (1024, 4096, 65536, 262144)  # at which `format_cost` says what a cache takes
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ class LayerCost:
         active_params: those that act on a token: all but the experts it is not routed to.
         flops: per token, 2 · multiply-adds of the forward pass's matrix products, as the mean over a causal sequence
             of the given length: a token attends to (L + 1) / 2 on average, fewer in a window, and linear attention
-            edits and reads its state once, as it does token by token. Norms, softmax, activations and the embedding's
-            lookup are not counted.
+            edits and reads its state once, as it does token by token; sparse attention scores the blocks behind a
+            token and sees its window and the chosen ones, as far as there are so many. Norms, softmax, activations and
+            the embedding's lookup are not counted.
         weight_bytes: read per token when one sequence is decoded; of the embedding one row, of a tied head all of it.
-        cache_bytes: that one more token adds to the cache.
+        cache_bytes: that one more token adds to the cache; of what stands for a block, its token's share.
         state_bytes: that a sequence takes in the cache whatever its length: linear attention's state and the tokens its
             convolution has still to see, and a window's keys and values.
         saved_bytes: kept for backward per token of the training forward, without the loss; parameters, and buffers
@@ -54,7 +55,7 @@ class LayerCost:
     active_params: int
     flops: float
     weight_bytes: int
-    cache_bytes: int
+    cache_bytes: float
     state_bytes: int
     saved_bytes: float
 
@@ -84,8 +85,8 @@ class ModelCost:
         length: tokens per sequence, L.
         dtype: of parameters, cache and activations, as "float32".
         break_even: of the model's MoE layers, or None if there are none.
-        full_attention_cache_bytes: what one more token would add to the cache if every linear and every window
-            attention were full attention; total.cache_bytes if there is none.
+        full_attention_cache_bytes: what one more token would add to the cache if every mixer but latent attention were
+            full attention.
     """
 
     layers: tuple[LayerCost, ...]
@@ -150,7 +151,7 @@ def model_cost(
             elif kind == "head" and config.tie_embeddings:
                 read += config.vocab_size * config.dim
                 flops += 2 * config.vocab_size * config.dim
-            cache = size * sum(_cache_elements(module) for module in modules)
+            cache = sum(_cache_bytes(module, size) for module in modules)
             state = sum(_state_bytes(module) for module in modules)
             costs = params, active, flops, size * read, cache, state, saved[name] / length
             layers.append(LayerCost(name, kind, *costs))
@@ -159,8 +160,11 @@ def model_cost(
             length,
             str(dtype).removeprefix("torch."),
             _break_even(model),
-            sum(layer.cache_bytes for layer in layers)
-            + sum(mixer in _OF_ONE_SIZE for mixer in config.layer_mixers) * size * _attention_cache_elements(config),
+            sum(
+                layer.cache_bytes if layer.kind == "latent_attention" else size * _attention_cache_elements(config)
+                for layer in layers
+                if layer.kind in MIXERS
+            ),
         )
 
 
@@ -229,10 +233,9 @@ def format_cost(cost: ModelCost) -> str:
         f"\nat length {cost.length} in {cost.dtype}."
     )
     if total.state_bytes:
-        text += (
-            "\nA state is kept per sequence, whatever its length. So a sequence's cache, per token, is\n\n"
-            + _format_cache(cost)
-        )
+        text += "\nA state is kept per sequence, whatever its length."
+    if (total.state_bytes, total.cache_bytes) != (0, cost.full_attention_cache_bytes):
+        text += " So a sequence's cache is\n\n" + _format_cache(cost)
     if cost.break_even is not None:
         even = cost.break_even
         text += (
@@ -261,10 +264,11 @@ def _cells(params, active_params, flops, *sizes) -> list[str]:
 
 
 def _format_cache(cost: ModelCost) -> str:
-    """Bytes of cache per token at several lengths, beside those of full attention in every layer."""
-    rows, full = [], cost.full_attention_cache_bytes
+    """Bytes of a sequence's cache at several lengths, beside those of full attention in every layer."""
+    rows = []
     for length in _CACHE_LENGTHS:
-        own = cost.total.cache_bytes + cost.total.state_bytes / length
+        own = cost.total.cache_bytes * length + cost.total.state_bytes
+        full = cost.full_attention_cache_bytes * length
         rows.append([f"{length:,}", human_bytes(own), human_bytes(full), f"{own / full:.2f} ×"])
     return format_table(["at length", "this model", "full attention", "this : full"], rows)
 
@@ -312,11 +316,11 @@ def _flops(module: nn.Module, length: int) -> float:
             flops += 2 * part.weight.numel()
         elif isinstance(part, MoE):
             flops += 2 * part.router.top_k * _matrix_elements(part)
+        elif isinstance(part, SparseAttention):
+            flops += _sparse_flops(part, length)
         elif isinstance(part, Attention):
             # Scores and their use, each H · P per key; in the mean over a causal sequence it sees so many.
-            window = min(part.window or length, length)
-            keys = (window * (window + 1) / 2 + (length - window) * window) / length
-            flops += 2 * 2 * part.num_heads * part.head_dim * keys
+            flops += 2 * 2 * part.num_heads * part.head_dim * _mean_keys(part.window or length, length)
         elif isinstance(part, LinearAttention):
             flops += 2 * part.num_heads * part.head_dim * part.value_dim * (1 + part.num_edits)  # read, and written
             if part.beta_proj is not None:
@@ -328,22 +332,52 @@ def _flops(module: nn.Module, length: int) -> float:
     return flops
 
 
-def _cache_elements(module: nn.Module) -> int:
-    """Elements that one token adds to the cache: a key and a value per kv head, or a latent and a rotary key."""
-    elements = 0
-    for part in module.modules():
-        if isinstance(part, Attention) and part.window is None:
-            elements += 2 * part.num_kv_heads * part.head_dim
-        elif isinstance(part, LatentAttention):
-            elements += part.kv_rank + part.rotary_dim
-    return elements
+def _mean_keys(most: int, length: int) -> float:
+    """Keys that a position sees of the last `most`, in the mean over a causal sequence."""
+    most = min(most, length)
+    return (most * (most + 1) / 2 + (length - most) * most) / length
+
+
+def _sparse_flops(part: SparseAttention, length: int) -> float:
+    """Of the keys that are attended to, and of the scores of blocks."""
+    per_key, blocks = 2 * 2 * part.num_heads * part.head_dim, (length + 1) / 2 / part.block_size
+    chosen = part.num_blocks * part.block_size
+    if part.scorer == "nsa":
+        return per_key * (_mean_keys(part.window, length) + _mean_keys(chosen, length) + blocks)
+    if part.scorer == "window":
+        return per_key * _mean_keys(part.window + part.sinks, length)
+    flops = per_key * _mean_keys(part.window + part.sinks + chosen, length)
+    if part.scorer == "moba":
+        flops += 2 * part.num_kv_heads * part.head_dim * blocks
+    elif part.scorer == "indexer":
+        flops += 2 * part.indexer.num_heads * (part.indexer.head_dim + 1) * blocks
+    return flops
+
+
+def _cache_bytes(module: nn.Module, size: int) -> float:
+    """What one token adds to the cache: a key and a value per kv head, or a latent and a rotary key."""
+    if isinstance(module, LatentAttention):
+        return size * (module.kv_rank + module.rotary_dim)
+    if not isinstance(module, Attention) or _has_window_cache(module):
+        return 0
+    keys = size * 2 * module.num_kv_heads * module.head_dim
+    if isinstance(module, SparseAttention):
+        block = module.new_cache(1, module.block_size).blocks
+        return keys + sum(t.nbytes for t in block) / module.block_size
+    return keys
+
+
+def _has_window_cache(module: Attention) -> bool:
+    return module.scorer == "window" if isinstance(module, SparseAttention) else module.window is not None
 
 
 def _state_bytes(module: nn.Module) -> int:
     """Bytes of the cache of a mixer whose cache does not grow with the length, once that is long."""
     if isinstance(module, LinearAttention):
         return module.new_cache(1).nbytes
-    return module.new_cache(1, module.window).nbytes if isinstance(module, Attention) and module.window else 0
+    if not isinstance(module, Attention) or not _has_window_cache(module):
+        return 0
+    return module.new_cache(1, module.window + getattr(module, "sinks", 0)).nbytes
 
 
 def _attention_cache_elements(config: TransformerConfig) -> int:

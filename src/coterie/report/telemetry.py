@@ -63,8 +63,8 @@ class ExpertLoad:
 
         load = ExpertLoad()
         for batch in batches:
-            logits, routings = model(batch)
-            load.update(routings)
+            output = model(batch)
+            load.update(output.routings)
         print(load_entropy(load.counts), dead_experts(load.counts))
 
     All layers have the same number of experts. Padding tokens are not counted: their slots are unused slots.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from coterie.models.pretrained import write_atomically
-from coterie.ops import balance_loss, z_loss
+from coterie.ops import balance_loss, indexer_loss, z_loss
 from coterie.training.checkpoint import load_checkpoint, save_checkpoint
 from coterie.training.config import FREE_ON_RESUME, TrainConfig, resolve_precision
 from coterie.training.evaluation import (
@@ -248,6 +248,9 @@ class Trainer:
             balance = balance_loss(output.routings) / self.config.accumulation
             z = z_loss(output.routings) / self.config.accumulation
             loss = ce + self.config.balance_weight * balance + self.config.z_weight * z
+        for selection in output.selections:
+            if selection.scores is not None:
+                loss = loss + indexer_loss(selection, token_mask) / self.config.accumulation
         return loss, [part.detach() for part in (ce, balance, z)], output.routings
 
     def _learning_rate(self) -> float:
