@@ -259,7 +259,7 @@ TASKS = {
     "variable-tracking": Task(
         **_RETRIEVAL,
         vocab_size=50,
-        layers=4,
+        layers=2,
         steps=800,
         sample=_with(track_variables, chains=3, hops=2, names=16, values=16, fillers=16),
         source="VT of RULER, arXiv:2404.06654",
