@@ -64,6 +64,81 @@ def test_parity_counts(quality):
     assert targets[:, -1].equal(ids.sum(1) % 2)
 
 
+def answered(ids, mark):
+    """What stands behind every mark, to the end."""
+    return [ids[at + 1 :] for at, token in enumerate(ids) if token == mark]
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "keys", "digits", "mark"), [("passkey", 512, 8, 4, 32), ("multi-key", 128, 16, 1, 48)]
+)
+def test_needles_are_asked_for_by_their_keys(quality, name, length, keys, digits, mark):
+    ids, targets, asked = sample(quality, name, length)
+    end = quality.TASKS[name].end
+    assert not asked[:, :-end].any()
+    first = (ids == mark).float().argmax(1)
+    assert first.min() < length / 10
+    assert first.max() > length / (2 if name == "multi-key" else 1.1) - 20
+    for row, wanted in zip(ids.tolist(), targets.tolist(), strict=True):
+        value_of = {at[0]: at[1 : 1 + digits] for at in answered(row, mark)}
+        assert len(value_of) == (row.count(mark))
+        assert all(16 <= key < 16 + keys for key in value_of)
+        told = [token for token in row[:-end] if token < 16]
+        assert told == [digit for value in value_of.values() for digit in value]
+        questions = [at for at, token in enumerate(row) if token == mark + 1]
+        got = [wanted[at + 1 : at + 1 + digits] for at in questions]
+        assert got == [value_of[row[at + 1]] for at in questions]
+        assert sum(target != quality.IGNORED for target in wanted) == digits * len(questions)
+
+
+def test_variables_are_worth_what_was_assigned(quality):
+    ids, targets, asked = sample(quality, "variable-tracking")
+    assert (asked.sum(1) == 3 + 6).all()
+    for row, wanted in zip(ids.tolist(), targets.tolist(), strict=True):
+        value_of, used = {}, set()
+        for at, token in enumerate(row):
+            if token == 48:
+                name, source = row[at + 1 : at + 3]
+                assert name not in value_of
+                value_of[name] = wanted[at + 2] if source < 16 else value_of[source]
+                assert wanted[at + 2] == value_of[name]
+                used.add(source)
+        last = [row[at + 1] for at, token in enumerate(row) if token == 49]
+        assert set(last) == value_of.keys() - used
+        assert [wanted[at + 1] for at, token in enumerate(row) if token == 49] == [value_of[name] for name in last]
+        assert len({value_of[name] for name in last}) == 3
+
+
+def test_what_is_hidden_is_whole_and_in_order(quality):
+    tasks = importlib.import_module("quality.tasks")
+    pieces = torch.arange(1, 13).view(1, 4, 3).expand(300, -1, -1)
+    hay, places = tasks._hide(pieces, torch.zeros(300, 20, dtype=torch.long), torch.Generator().manual_seed(1))
+    assert hay[hay > 0].view(300, 12).equal(pieces.flatten(1))
+    assert hay.gather(1, places).equal(pieces.flatten(1))
+    assert ((hay > 0).sum(0) > 0).all()  # anywhere
+
+
+def test_tests_of_retrieval_score_the_questions_alone(quality):
+    task = quality.TASKS["variable-tracking"]
+
+    def right_at_the_end(ids):
+        _, targets = task.sample(*ids.shape, torch.Generator().manual_seed(10**6))
+        targets[:, : -task.end] = 0
+        return torch.nn.functional.one_hot(targets.clamp(min=0), task.vocab_size).float()
+
+    assert quality._test(right_at_the_end, task, 128)[1] == 1
+    assert quality._test(right_at_the_end, task, 512)[1] == 1
+
+
+def test_without_rotary_the_order_of_what_is_far_off_does_not_matter(quality):
+    ids = torch.randint(16, (2, 40))
+    swapped = torch.cat((ids[:, :5], ids[:, 15:25], ids[:, 5:15], ids[:, 25:]), 1)
+    for rotary in (False, True):
+        model = quality.Model(16, quality.MIXERS["attention"], 1, rotary=rotary)
+        model.layers[0].conv.data[:, :-1] = 0  # what the convolution tells
+        assert torch.allclose(model(ids)[:, -1], model(swapped)[:, -1], atol=1e-6) != rotary
+
+
 def test_longer_tests_score_what_lies_beyond_the_trained_length(quality, monkeypatch):
     task = quality.TASKS["parity"]
 

@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coterie.modules import Attention, LinearAttention, RMSNorm, RotaryEmbedding
+from coterie.modules import Attention, LinearAttention, RMSNorm, RotaryEmbedding, SparseAttention
 from coterie.ops import short_conv
 
-DIM, NUM_HEADS, CONV = 64, 2, 4
+DIM, NUM_HEADS, CONV, WINDOW = 64, 2, 4, 8
+SPARSE = {"scorer": "nsa", "window": WINDOW, "block_size": 16, "num_blocks": 6}
 
 
 @dataclass(frozen=True)
 class Mixer:
-    """layers: "linear" or "attention" each; a single one is repeated. settings: of the linear ones."""
+    """layers: "linear", "attention", "window" and "sparse" ones, repeated. settings: of the linear ones."""
 
     layers: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -27,6 +28,7 @@ def _linear(rule: str, **settings) -> Mixer:
 
 
 DEEP_ATTENTION, HYBRID = "attention, 4 layers", "hybrid 3:1, 4 layers"
+WINDOWED, HYBRIDS = f"window of {WINDOW}", ("gated delta, attention", "gated delta, sparse")
 MIXERS = {
     "attention": Mixer(("attention",)),
     "linear": _linear("linear"),
@@ -39,6 +41,9 @@ MIXERS = {
     "kda ±": _linear("kda", allow_negative_eigenvalues=True),
     DEEP_ATTENTION: Mixer(("attention",) * 4),
     HYBRID: Mixer(("linear",) * 3 + ("attention",), {"rule": "gated_delta"}),
+    WINDOWED: Mixer(("window",)),
+    HYBRIDS[0]: Mixer(("linear", "attention"), {"rule": "gated_delta"}),
+    HYBRIDS[1]: Mixer(("linear", "sparse"), {"rule": "gated_delta"}),
 }
 
 
@@ -48,33 +53,41 @@ class Model(nn.Module):
     There are no MLPs: what is learned, mixers learn. All of them see the last tokens through a short convolution:
     linear attention through its own, attention through one before it, so that it need not find out first which token
     came before. Mixers begin with hardly any output, beside which the embedding is of size 1.
+
+    Without `rotary` that is all attention knows of positions, and it has q/k norms: a rotary embedding is lost at
+    distances that it was not trained at.
     """
 
-    def __init__(self, vocab_size: int, mixer: Mixer, num_layers: int) -> None:
+    def __init__(self, vocab_size: int, mixer: Mixer, num_layers: int, *, rotary: bool = True) -> None:
         super().__init__()
-        kinds = mixer.layers * num_layers if len(mixer.layers) == 1 else mixer.layers
+        kinds = mixer.layers * max(1, num_layers // len(mixer.layers))
         self.embedding = nn.Embedding(vocab_size, DIM)
         nn.init.normal_(self.embedding.weight, std=DIM**-0.5)
-        self.layers = nn.ModuleList(_Layer(kind, mixer.settings) for kind in kinds)
+        self.layers = nn.ModuleList(_Layer(kind, mixer.settings, None if rotary else "head") for kind in kinds)
         self.norm = RMSNorm(DIM)
         self.rotary = RotaryEmbedding(DIM // NUM_HEADS)
+        self.has_rotary = rotary
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids) * DIM**0.5
-        rotary = self.rotary(torch.arange(ids.shape[1]))
+        positions = torch.arange(ids.shape[1])
+        rotary = self.rotary(positions if self.has_rotary else positions.zero_())
         for layer in self.layers:
             x = layer(x, rotary)
         return F.linear(self.norm(x), self.embedding.weight)
 
 
 class _Layer(nn.Module):
-    def __init__(self, kind: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, kind: str, settings: Mapping[str, Any], qk_norm: str | None) -> None:
         super().__init__()
         self.norm, self.conv, self.conv_norm = RMSNorm(DIM), None, None
         if kind == "linear":
             self.mixer = LinearAttention(DIM, NUM_HEADS, short_conv=CONV, **settings)
         else:
-            self.mixer = Attention(DIM, NUM_HEADS)
+            if kind == "sparse":
+                self.mixer = SparseAttention(DIM, NUM_HEADS, qk_norm=qk_norm, **SPARSE)
+            else:
+                self.mixer = Attention(DIM, NUM_HEADS, qk_norm=qk_norm, window=WINDOW if kind == "window" else None)
             self.conv, self.conv_norm = nn.Parameter(torch.randn(DIM, CONV) * CONV**-0.5), RMSNorm(DIM)
         self.mixer.reset_parameters(DIM**-0.5, output_std=0.1 * DIM**-0.5)
 

@@ -1,10 +1,12 @@
 """What token mixers can learn, on a CPU: small tasks on which linear and full attention part ways.
 
     python benchmarks/quality/run.py mqar
+    python benchmarks/quality/run.py retrieval
 
 Models of width 64 and one or two layers (the hybrid and its twin: four) that differ in their mixers alone are trained
 on data made as they go: every mixer at every learning rate with one seed, then with more seeds at the rate with the
-least loss. Runs share out the cores.
+least loss. Runs share out the cores. "retrieval" is three tasks, passkey, multi-key and variable-tracking, that are
+learned at one length and tested at up to sixteen times that.
 """
 
 import math
@@ -31,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import _tell
 from coterie.report import format_table
-from quality.mixers import DEEP_ATTENTION, HYBRID, MIXERS, Model
-from quality.tasks import IGNORED, TASKS, Task
+from quality.mixers import DEEP_ATTENTION, HYBRID, HYBRIDS, MIXERS, WINDOWED, Model
+from quality.tasks import GROUPS, IGNORED, TASKS, Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,8 +50,17 @@ AT_MOST = {
     ("parity", "on to 160", "gated delta"): 0.97,
     ("parity", "on to 160", "delta"): 0.97,
 }
+AT_LEAST |= {(name, "L 128", mixer): 0.95 for name in GROUPS["retrieval"] for mixer in HYBRIDS}
+AT_MOST |= {(name, test, WINDOWED): 0.5 for name in GROUPS["retrieval"] for test in TASKS[name].tests}
 WITHIN = 0.01
-_BATCH, _TEST_BATCH, _CHECK_EVERY, _SOLVED = 32, 256, 50, 1e-4
+_LOOKS = {
+    "attention": (_tell.COLOURS[2], "-"),
+    WINDOWED: ("#999999", ":"),
+    "gated delta": (_tell.COLOURS[0], "--"),
+    HYBRIDS[0]: (_tell.COLOURS[4], "-"),
+    HYBRIDS[1]: ("#CC9933", "-."),
+}
+_TEST_BATCH, _TEST_TOKENS, _CHECK_EVERY = 256, 2**17, 50
 
 
 @dataclass
@@ -57,16 +68,18 @@ class Options:
     """Train small models on a synthetic task and compare their mixers: table, JSON and PNG.
 
     With no options: eleven mixers, two learning rates, three seeds; 44 runs of up to a minute on a core each, five to
-    ten minutes in all on two.
+    ten minutes in all on two. Of each task of "retrieval" five mixers, one learning rate, three seeds: 15 runs.
     """
 
-    task: Annotated[str, tyro.conf.Positional, arg(metavar="{" + ",".join(TASKS) + "}")]
+    task: Annotated[str, tyro.conf.Positional, arg(metavar="{" + ",".join([*TASKS, *GROUPS]) + "}")]
     """What to learn."""
     quick: Annotated[bool, arg(help_behavior_hint="")] = False
     """Three mixers, one learning rate, one seed, few steps: to see that it runs."""
-    mixers: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = ()
+    mixers: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: the task's)")] = ()
     """Only these."""
-    learning_rates: Annotated[tuple[float, ...], arg(metavar="RATE ...")] = (3e-3, 1e-2)
+    learning_rates: Annotated[
+        tuple[float, ...], arg(metavar="RATE ...", help_behavior_hint="(default: the task's)")
+    ] = ()
     """Of AdamW, to choose from."""
     seeds: Annotated[int, arg(metavar="INT")] = 3
     """Runs with the chosen learning rate."""
@@ -81,18 +94,18 @@ class Options:
 
     def check(self) -> None:
         """Raises ValueError for values that cannot be."""
-        if self.task not in TASKS:
-            raise ValueError(f"task: got {self.task!r}, must be one of {', '.join(TASKS)}")
+        if self.task not in TASKS | GROUPS:
+            raise ValueError(f"task: got {self.task!r}, must be one of {', '.join(TASKS | GROUPS)}")
         for name in self.mixers:
             if name not in MIXERS:
                 raise ValueError(f"--mixers: got {name!r}, must be of {', '.join(map(repr, MIXERS))}")
         for name, value in (("seeds", self.seeds), ("workers", self.workers), ("steps", self.steps)):
             if value is not None and value < 1:
                 raise ValueError(f"--{name}: got {value}, must be at least 1")
-        if not self.learning_rates or min(self.learning_rates) <= 0:
+        if min(self.learning_rates, default=1) <= 0:
             raise ValueError(f"--learning-rates: got {self.learning_rates}, must be positive")
         if self.quick:
-            self.mixers = self.mixers or ("attention", "linear", "gated delta")
+            self.mixers = self.mixers or (("attention", "linear", "gated delta") if self.task in TASKS else ())
             self.learning_rates, self.seeds, self.steps = (3e-3,), 1, self.steps or 20
 
 
@@ -120,28 +133,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
-    start, task = time.monotonic(), TASKS[options.task]
-    steps = options.steps or task.steps
-    mixers, runs = options.mixers or tuple(MIXERS), []
-    total = len(mixers) * (len(options.learning_rates) + options.seeds - 1)
-    with tqdm(total=total, unit="run", desc=options.task, disable=None) as bar, _pool(options.workers) as pool:
-        sweep = [Run(options.task, mixer, rate, 0, steps) for mixer in mixers for rate in options.learning_rates]
+    names = GROUPS.get(options.task, (options.task,))
+    done = {name: compare(name, options) for name in names}
+    path = options.out / f"quality_{options.task}.png"
+    picture = partial(draw, *done[names[0]], names[0]) if TASKS[names[0]].end is None else partial(draw_lengths, done)
+    print(_tell.write_chart(path, picture))
+    return 0
+
+
+def compare(name: str, options: Options) -> tuple[list[Run], dict[str, float]]:
+    """One task's runs and the chosen learning rates by mixer; told in tables and a JSON."""
+    start, task = time.monotonic(), TASKS[name]
+    steps, mixers, runs = options.steps or task.steps, options.mixers or task.mixers, []
+    learning_rates = options.learning_rates or task.learning_rates
+    total = len(mixers) * (len(learning_rates) + options.seeds - 1)
+    with tqdm(total=total, unit="run", desc=name, disable=None) as bar, _pool(options.workers) as pool:
+        sweep = [Run(name, mixer, rate, 0, steps) for mixer in mixers for rate in learning_rates]
         runs += _done(pool, sweep, bar)
         rates = {mixer: best_rate(runs, mixer) for mixer in mixers}
-        more = [Run(options.task, m, rates[m], seed, steps) for m in mixers for seed in range(1, options.seeds)]
+        more = [Run(name, m, rates[m], seed, steps) for m in mixers for seed in range(1, options.seeds)]
         runs += _done(pool, more, bar)
     minutes = (time.monotonic() - start) / 60
-    facts = _tell.machine()
-    print(f"{options.task} ({task.source}), {minutes:.1f} minutes on {options.workers} cores")
+    print(f"{name} ({task.source}), {minutes:.1f} minutes on {options.workers} cores")
     print(format_runs(runs, rates, task))
     print(format_expectations(expectations(runs, rates)))
-    stem = options.out / f"quality_{options.task}"
-    content = {"benchmark": f"quality {options.task}", "machine": facts, "minutes": minutes}
+    path = options.out / f"quality_{name}.json"
+    content = {"benchmark": f"quality {name}", "machine": _tell.machine(), "minutes": minutes}
     content |= {"runs": [asdict(run) for run in runs], "rates": rates, "expected": expectations(runs, rates)}
-    _tell.write_json(stem.with_suffix(".json"), content)
-    print(f"\n{stem.with_suffix('.json')}")
-    print(_tell.write_chart(stem.with_suffix(".png"), lambda: draw(runs, rates, task, options.task)))
-    return 0
+    _tell.write_json(path, content)
+    print(f"\n{path}")
+    return runs, rates
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -161,18 +182,18 @@ def train(run: Run) -> Run:
     """The run with its results. Same run, same results."""
     start, task = time.monotonic(), TASKS[run.task]
     torch.manual_seed(run.seed)
-    model = Model(task.vocab_size, MIXERS[run.mixer], task.layers)
+    model = Model(task.vocab_size, MIXERS[run.mixer], task.layers, rotary=task.rotary)
     generator = torch.Generator().manual_seed(run.seed)
     optimizer = torch.optim.AdamW(model.parameters(), run.learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=run.steps))
     for step in range(run.steps):
-        loss, _ = _score(model, task, _BATCH, task.length, generator)
+        loss, _ = _score(model, *task.sample(task.batch, task.length, generator))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % _CHECK_EVERY == 0 and _test(model, task, task.length)[0] < _SOLVED:
+        if step % _CHECK_EVERY == 0 and _test(model, task, task.length)[0] < task.solved:
             break
     tested = {name: _test(model, task, length) for name, length in task.tests.items()}
     return replace(
@@ -190,11 +211,8 @@ def _rate(step: int, *, steps: int) -> float:
     return min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def _score(model: Model, task: Task, batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mean loss and accuracy; of a longer sequence than trained on, from where it is."""
-    ids, targets = task.sample(batch, length, generator)
-    if length > task.length:
-        targets[:, : task.length] = IGNORED
+def _score(model: Model, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean loss and accuracy."""
     logits, asked = model(ids), targets != IGNORED
     logits, targets = logits[asked], targets[asked]
     return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean()
@@ -202,8 +220,18 @@ def _score(model: Model, task: Task, batch: int, length: int, generator: torch.G
 
 @torch.no_grad()
 def _test(model: Model, task: Task, length: int) -> tuple[float, float]:
-    """On data that no training sees: the seeds of those are small."""
-    loss, accuracy = _score(model, task, _TEST_BATCH, length, torch.Generator().manual_seed(10**6))
+    """On data that no training sees: the seeds of those are small.
+
+    Scored are the questions at the end, where the task has such; else, of a longer sequence, what lies beyond the
+    trained length.
+    """
+    batch = min(_TEST_BATCH, _TEST_TOKENS // length)
+    ids, targets = task.sample(batch, length, torch.Generator().manual_seed(10**6))
+    if task.end is not None:
+        targets[:, : -task.end] = IGNORED
+    elif length > task.length:
+        targets[:, : task.length] = IGNORED
+    loss, accuracy = _score(model, ids, targets)
     return loss.item(), accuracy.item()
 
 
@@ -263,10 +291,11 @@ def format_expectations(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n" + format_table(["", "median", "expected", ""], rows)
 
 
-def draw(runs: Sequence[Run], rates: Mapping[str, float], task: Task, name: str) -> "Figure":
+def draw(runs: Sequence[Run], rates: Mapping[str, float], name: str) -> "Figure":
     """A panel for each test: a bar for each mixer's median, a dot for each seed."""
     import matplotlib.figure
 
+    task = TASKS[name]
     size = (1.6 + 4.2 * len(task.tests), 1.3 + 0.32 * len(rates))
     figure = matplotlib.figure.Figure(figsize=size, dpi=110)
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.7 / size[1]))
@@ -288,6 +317,45 @@ def draw(runs: Sequence[Run], rates: Mapping[str, float], task: Task, name: str)
         axes.set_title(test, loc="left", size=10, weight="bold")
         axes.tick_params(axis="both", length=0, labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_lengths(done: Mapping[str, tuple[Sequence[Run], Mapping[str, float]]]) -> "Figure":
+    """A panel for each task: the median accuracy over the length, a line for each mixer, a dot for each seed."""
+    import matplotlib.figure
+
+    size = (max(1.2 + 3.6 * len(done), 7.0), 4.4)
+    figure = matplotlib.figure.Figure(figsize=size, dpi=110)
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 1.05 / size[1]))
+    figure.text(0.01, 1 - 0.1 / size[1], "Retrieval by length", size=14, weight="bold", va="top")
+    said = (
+        "Accuracy at the answers, trained at the first length; median and every seed; tasks of RULER, arXiv:2404.06654"
+    )
+    figure.text(0.01, 1 - 0.42 / size[1], said, size=8.5, color="#777777", va="top")
+    panels = figure.subplots(1, len(done), squeeze=False, sharey=True)[0]
+    for axes, (name, (runs, rates)) in zip(panels, done.items(), strict=True):
+        tests = TASKS[name].tests
+        for mixer in rates:
+            scores = {length: chosen(runs, rates, mixer, test) for test, length in tests.items()}
+            colour, style = _LOOKS.get(mixer, ("#222222", "-"))
+            medians = [statistics.median(each) for each in scores.values()]
+            axes.plot([*scores], medians, style, color=colour, label=mixer, linewidth=1.8, clip_on=False)
+            for length, each in scores.items():
+                axes.plot([length] * len(each), each, ".", color=colour, markersize=5, clip_on=False)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([*tests.values()], [f"{length:,}" for length in tests.values()])
+        axes.minorticks_off()
+        axes.set_ylim(0, 1)
+        axes.set_title(name, loc="left", size=10, weight="bold")
+        axes.set_xlabel("L, tokens", size=8)
+        axes.grid(axis="y", color="#EEEEEE")
+        axes.tick_params(axis="both", length=0, labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    corner = (0.0, 1 - 0.6 / size[1])
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        lines, labels, loc="upper left", bbox_to_anchor=corner, ncols=len(labels), frameon=False, fontsize=8.5
+    )
     return figure
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quality.mixers import HYBRIDS, MIXERS, WINDOWED
+
 IGNORED = -100  # a target that is in no loss and no score
 
 
@@ -20,6 +22,12 @@ class Task:
         tests: what is scored → its length; of positions from the trained length on, where there are such.
         steps: of training, at most.
         source: where the task comes from.
+        mixers: that are compared if nothing is said.
+        learning_rates: that are tried, likewise.
+        batch: sequences of a training step.
+        rotary: whether attention has a rotary embedding.
+        solved: the loss of a test at which training ends.
+        end: where this many positions at the end are the questions, tests score them alone, and are of their lengths.
     """
 
     vocab_size: int
@@ -29,6 +37,12 @@ class Task:
     steps: int
     sample: Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
     source: str
+    mixers: tuple[str, ...] = tuple(name for name in MIXERS if name not in (WINDOWED, *HYBRIDS))
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2)
+    batch: int = 32
+    rotary: bool = True
+    solved: float = 1e-4
+    end: int | None = None
 
 
 def recall_many(
@@ -93,9 +107,99 @@ def parity(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor,
     return ids, ids.cumsum(1) % 2
 
 
+def find_needles(
+    batch: int,
+    length: int,
+    generator: torch.Generator,
+    *,
+    needles: int,
+    asked: int,
+    keys: int,
+    values: int,
+    digits: int,
+    fillers: int,
+    noise: bool,
+) -> tuple[Tensor, Tensor]:
+    """Needles, a mark, a key of its own and the digits of its value each, in a haystack; then, what had these keys?
+
+    ids: values, keys, fillers, the mark, the question. The haystack is one sentence again and again, or noise. Asked is
+    for every digit, with those before it told.
+    """
+    key = torch.rand(batch, keys, generator=generator).argsort(1)[:, :needles, None] + values
+    value = torch.randint(values, (batch, needles, digits), generator=generator)
+    mark = torch.full_like(key, values + keys + fillers)
+    chosen = torch.rand(batch, needles, 1, generator=generator).argsort(1)[:, :asked]
+    questions = torch.cat((mark + 1, key, value), 2).gather(1, chosen.expand(-1, -1, digits + 2))
+    hay = _haystack(batch, length + 1 - asked * (digits + 2), generator, fillers, noise) + values + keys
+    hay, _ = _hide(torch.cat((mark, key, value), 2), hay, generator)
+    return _ask(hay, questions, values)
+
+
+def track_variables(
+    batch: int,
+    length: int,
+    generator: torch.Generator,
+    *,
+    chains: int,
+    hops: int,
+    names: int,
+    values: int,
+    fillers: int,
+) -> tuple[Tensor, Tensor]:
+    """Chains of assignments, a = 7, b = a, c = b, .. among each other in a haystack of noise; then, what is each last?
+
+    ids: values, names, fillers, the mark of an assignment, the question. Asked is at every assignment, too, what is
+    assigned: the last 3 · chains - 1 positions are the question's.
+    """
+    value = torch.rand(batch, values, generator=generator).argsort(1)[:, :chains, None]
+    name = torch.rand(batch, names, generator=generator).argsort(1)[:, : chains * hops].view(batch, chains, hops)
+    name = name + values
+    mark = torch.full_like(name, values + names + fillers)
+    assignments = torch.stack((mark, name, torch.cat((value, name[..., :-1]), 2), value.expand_as(name)), 3)
+    # Chains take turns at random, each in its own order.
+    chain = torch.rand(batch, chains * hops, generator=generator).argsort(1) // hops
+    order = chain.argsort(stable=True, dim=1).argsort(1).unsqueeze(-1)
+    *assignments, assigned = assignments.flatten(1, 2).gather(1, order.expand(-1, -1, 4)).unbind(2)
+    hay = _haystack(batch, length + 1 - 3 * chains, generator, fillers, noise=True) + values + names
+    hay, places = _hide(torch.stack(assignments, 2), hay, generator)
+    ids, targets = _ask(hay, torch.cat((mark[..., -1:] + 1, name[..., -1:], value), 2), values)
+    return ids, targets.scatter(1, places[:, 2::3], assigned)
+
+
+def _haystack(batch: int, length: int, generator: torch.Generator, fillers: int, noise: bool) -> Tensor:
+    """[B, L] of so many fillers: at random, or one after another and again, from anywhere."""
+    if noise:
+        return torch.randint(fillers, (batch, length), generator=generator)
+    return (torch.randint(fillers, (batch, 1), generator=generator) + torch.arange(length)) % fillers
+
+
+def _hide(pieces: Tensor, hay: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """hay [B, L] with pieces [B, n, size] over it, in their order, none over another; and where, [B, n · size]."""
+    batch, count, size = pieces.shape
+    free = torch.rand(batch, hay.shape[1] - count * (size - 1), generator=generator)
+    first = free.argsort(1)[:, :count].sort(1).values + (size - 1) * torch.arange(count)
+    places = (first.unsqueeze(-1) + torch.arange(size)).flatten(1)
+    return hay.scatter(1, places, pieces.flatten(1)), places
+
+
+def _ask(told: Tensor, questions: Tensor, values: int) -> tuple[Tensor, Tensor]:
+    """ids and targets of told [B, L] and then questions [B, n, size]: in these each id below `values` is asked for."""
+    ids = torch.cat((told, questions.flatten(1)), 1)
+    targets = torch.where(ids < values, ids, IGNORED)
+    targets[:, : told.shape[1]] = IGNORED
+    return ids[:, :-1], targets[:, 1:]
+
+
 def _with(sample: Callable, **settings) -> Callable:
     return lambda batch, length, generator: sample(batch, length, generator, **settings)
 
+
+_LENGTHS = {f"L {length}": length for length in (128, 512, 2048)}
+_RETRIEVAL = {"length": 128, "tests": _LENGTHS, "learning_rates": (1e-2,), "batch": 16, "rotary": False, "solved": 3e-3}
+_RETRIEVAL["mixers"] = ("attention", WINDOWED, "gated delta", *HYBRIDS)
+
+# Tasks that are run together, and drawn as curves over the length.
+GROUPS = {"retrieval": ("passkey", "multi-key", "variable-tracking")}
 
 TASKS = {
     "mqar": Task(
@@ -133,5 +237,32 @@ TASKS = {
         steps=400,
         sample=parity,
         source="arXiv:2411.12537",
+    ),
+    "passkey": Task(
+        **_RETRIEVAL,
+        vocab_size=34,
+        layers=2,
+        steps=800,
+        sample=_with(find_needles, needles=1, asked=1, keys=8, values=16, digits=4, fillers=8, noise=False),
+        source="S-NIAH of RULER, arXiv:2404.06654",
+        end=4,
+    ),
+    "multi-key": Task(
+        **_RETRIEVAL,
+        vocab_size=50,
+        layers=2,
+        steps=800,
+        sample=_with(find_needles, needles=8, asked=4, keys=16, values=16, digits=1, fillers=16, noise=True),
+        source="MK-NIAH of RULER, arXiv:2404.06654",
+        end=11,
+    ),
+    "variable-tracking": Task(
+        **_RETRIEVAL,
+        vocab_size=50,
+        layers=2,
+        steps=800,
+        sample=_with(track_variables, chains=3, hops=2, names=16, values=16, fillers=16),
+        source="VT of RULER, arXiv:2404.06654",
+        end=8,
     ),
 }

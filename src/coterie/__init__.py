@@ -17,6 +17,7 @@ from coterie.models import (
 )
 from coterie.modules import (
     Attention,
+    CrossAttention,
     Experts,
     GatedMLP,
     LatentAttention,
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Attention",
+    "CrossAttention",
     "Experts",
     "GatedMLP",
     "KVCache",

@@ -1,6 +1,7 @@
 """Parameters, their init, and one call into `coterie.ops` each."""
 
 from coterie.modules.attention import Attention
+from coterie.modules.cross_attention import CrossAttention
 from coterie.modules.experts import Experts
 from coterie.modules.gated_mlp import GatedMLP
 from coterie.modules.latent_attention import LatentAttention
@@ -23,6 +24,7 @@ from coterie.modules.sparse_attention import SparseAttention
 
 __all__ = [
     "Attention",
+    "CrossAttention",
     "Experts",
     "GatedMLP",
     "LatentAttention",
