@@ -38,8 +38,8 @@ def test_measures_small_cases(bench, tmp_path, capsys):
 def test_a_wrong_output_is_named(bench, tmp_path, capsys, monkeypatch):
     tiles = importlib.import_module("coterie.ops._sparse_attention_tiles")
     monkeypatch.setattr(tiles.Plan, "_blocks", lambda self: iter(()))
-    assert bench.main([*shlex.split(SMALL), "--kinds", "fwd", "--length", "150", "--out", str(tmp_path)]) == 1
-    assert "bench_sparse_attention: wrong result: coterie, window and blocks (L 150" in capsys.readouterr().err
+    assert bench.main([*shlex.split(SMALL), "--kinds", "fwd", "--length", "300", "--out", str(tmp_path)]) == 1
+    assert "bench_sparse_attention: wrong result: coterie, window and blocks (L 300" in capsys.readouterr().err
 
 
 def test_bars(bench):

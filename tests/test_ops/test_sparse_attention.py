@@ -1,5 +1,6 @@
 """`sparse_attention`: what each query sees, said key by key; and every implementation the same."""
 
+import importlib
 from functools import partial
 from itertools import pairwise
 
@@ -12,6 +13,13 @@ from hypothesis import strategies as st
 from _check import check_op, fuzz, relative_error
 from coterie.ops import _sparse_attention_tiles as tiles
 from coterie.ops import merge_by_lse, sparse_attention
+
+op_module = importlib.import_module("coterie.ops.sparse_attention")  # the package has the function by that name
+
+
+@pytest.fixture(autouse=True)
+def _tiles_for_few_keys_too(monkeypatch):
+    monkeypatch.setattr(op_module, "_FEW_KEYS", 0)
 
 
 def make_inputs(
@@ -378,6 +386,15 @@ def test_all_blocks_are_full_attention():
     assert relative_error(sparse_attention(q, k, v, block_size=4, block_ids=ids), full) < 1e-6
     assert relative_error(sparse_attention(q, k, v, block_size=4, block_ids=ids, window=11), full) < 1e-6
     assert relative_error(sparse_attention(q, k, v, window=37), full) < 1e-6
+
+
+def test_few_keys_are_dense(monkeypatch):
+    q, k, v, _ = make_inputs()
+    ids = make_ids(2, 37, 2, 3, 9)
+    by_tiles = sparse_attention(q, k, v, block_ids=ids, block_size=4)
+    monkeypatch.setattr(op_module, "_FEW_KEYS", 37)
+    monkeypatch.setattr(tiles, "attend", None)
+    assert relative_error(sparse_attention(q, k, v, block_ids=ids, block_size=4), by_tiles) < 1e-6
 
 
 def test_the_same_bits_every_time():

@@ -18,6 +18,7 @@ from coterie.ops._autocast import no_autocast
 
 _IMPLS = ("reference", "torch")
 _FEW_QUERIES = 4  # up to so many, what they see is gathered
+_FEW_KEYS = 256  # up to so many, all scores are formed at once: tiles would be too many and too small
 
 
 def sparse_attention(
@@ -83,7 +84,7 @@ def sparse_attention(
         window = 0 if block_ids is not None else k.shape[1]
     seen = tiles.Seen(window, sinks, block_size, causal, width**-0.5 if scale is None else float(scale), softcap)
     with no_autocast(q.device.type):
-        if impl == "reference" and cu_seqlens is None:
+        if cu_seqlens is None and (impl == "reference" or k.shape[1] <= _FEW_KEYS):
             o, lse = _dense(q, k, v, block_ids, sink_logits, seen, token_mask)
         elif 0 < length <= _FEW_QUERIES and k.shape[1] and cu_seqlens is None:
             o, lse = _few(q, k, v, block_ids, sink_logits, seen, token_mask)
