@@ -216,7 +216,6 @@ arXiv:2512.02556 |
 
         new: x's keys and values [B, L, G, P]. blocks: the cache's. place: positions of x, or the first.
         """
-        batch, length, groups = len(q), q.shape[1], self.num_kv_heads
         index = None
         if self.scorer == "indexer":
             index = self.indexer(x.detach(), rotary, self.rotary_interleaved)
@@ -226,45 +225,50 @@ arXiv:2512.02556 |
         with torch.set_grad_enabled(learns):
             wide = torch.promote_types(q.dtype, torch.float32)
             if blocks is None:
-                count = -(-length // self.block_size)
-                blocks = tuple(t.new_zeros(batch, count, *t.shape[2:], dtype=wide) for t in new)
+                count = -(-num_keys // self.block_size)
+                blocks = tuple(t.new_zeros(len(q), count, *t.shape[2:], dtype=wide) for t in new)
             weights = self.compress_weight
             if weights is None:
                 weights = q.new_full((len(new), self.block_size, 1, 1), 1 / self.block_size, dtype=wide)
             for block, t, weight in zip(blocks, new, weights, strict=True):
                 add_to_blocks(block, t, weight, place, token_mask)
-            choose = partial(
-                select_blocks,
-                num_blocks=self.num_blocks,
-                block_size=self.block_size,
-                window=0 if self.scorer == "nsa" else self.window,
-                first=1 if self.scorer == "nsa" else 0,
-                local=2 if self.scorer == "nsa" else int(self.window < self.block_size),
-            )
-
-            def step(rows: slice, count: int) -> tuple[Tensor | None, ...]:
-                at = place[:, rows] if isinstance(place, Tensor) else place + rows.start
-                o = found = None
-                own = [block[:, :count] for block in blocks]
-                if self.scorer == "moba":
-                    summed = q[:, rows].to(wide).unflatten(2, (groups, -1)).sum(3)
-                    scores = torch.einsum("blgp,bngp->blgn", summed, own[0])
-                elif self.scorer == "nsa":
-                    behind = _blocks_behind(at, rows.stop - rows.start, count, self.block_size, x.device)
-                    o, scores = attend_to_blocks(q[:, rows].to(wide), *own, behind, self.scale)
-                else:
-                    scores = self.indexer.scores(index[0][:, rows], own[0], index[2][:, rows])
-                ids = choose(scores, at)
-                if index is not None:
-                    if learns:
-                        behind = _blocks_behind(at, rows.stop - rows.start, count + 1, self.block_size, x.device)
-                        found = _scores_of(scores, ids, behind)
-                    ids = ids.expand(-1, -1, groups, -1)
-                return ids, o, found
-
-            heads = {"moba": groups, "nsa": self.num_heads}.get(self.scorer, index and index[0].shape[2])
-            ids, o, found = self._by_chunks(step, batch * heads, length, place, num_keys // self.block_size)
+            heads = {"moba": self.num_kv_heads, "nsa": self.num_heads}.get(self.scorer) or self.indexer.num_heads
+            choose = partial(self._choose, q, blocks, index, place)
+            ids, o, found = self._by_chunks(choose, len(q) * heads, q.shape[1], place, num_keys // self.block_size)
         return Selection(ids), o, found
+
+    def _choose(
+        self,
+        q: Tensor,
+        blocks: tuple[Tensor, ...],
+        index: tuple[Tensor, ...] | None,
+        place: int | Tensor,
+        rows: slice,
+        count: int,
+    ) -> tuple[Tensor | None, ...]:
+        """`_select` of some queries, which have no more than so many complete blocks behind them."""
+        at = place[:, rows] if isinstance(place, Tensor) else place + rows.start
+        q, blocks, nsa, o, found = q[:, rows].to(blocks[0].dtype), [t[:, :count] for t in blocks], False, None, None
+        behind = partial(_blocks_behind, at, q.shape[1], block_size=self.block_size, device=q.device)
+        if self.scorer == "moba":
+            scores = torch.einsum("blgp,bngp->blgn", q.unflatten(2, (self.num_kv_heads, -1)).sum(3), *blocks)
+        elif self.scorer == "nsa":
+            nsa = True
+            o, scores = attend_to_blocks(q, *blocks, behind(count), self.scale)
+        else:
+            scores = self.indexer.scores(index[0][:, rows], *blocks, index[2][:, rows])
+        ids = select_blocks(
+            scores,
+            at,
+            self.num_blocks,
+            self.block_size,
+            window=0 if nsa else self.window,
+            first=1 if nsa else 0,
+            local=2 if nsa else int(self.window < self.block_size),
+        )
+        if torch.is_grad_enabled() and not nsa:
+            found = _scores_of(scores, ids, behind(count + 1))
+        return ids.expand(-1, -1, self.num_kv_heads, -1), o, found
 
     def _by_chunks(
         self,
