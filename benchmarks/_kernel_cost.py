@@ -195,7 +195,7 @@ def count(
     contender = _bench.Contender(name, lambda inputs: {}, lambda inputs: {}, tolerances)
     error = _bench.check(contender, named(y.detach(), grads), expected, where=_bench.title(labels))
     kernels = {
-        each: [_kernel_cost(kernel, of_kernel, target) for kernel, of_kernel in of_pass.by_kernel().items()]
+        each: [kernel_cost(kernel, of_kernel, target) for kernel, of_kernel in of_pass.by_kernel().items()]
         for each, of_pass in records.items()
     }
     rows = (launch.arguments.get("ROWS") for launch in records["forward"].launches if launch.cost.flops)
@@ -218,7 +218,7 @@ def named(y: Tensor, grads: Sequence[Tensor]) -> dict[str, Tensor]:
     return {"y": y, **dict(zip(("grad x", "grad weights", "grad gate_up", "grad down"), grads, strict=True))}
 
 
-def _kernel_cost(kernel: str, cost, target: str) -> KernelCost:
+def kernel_cost(kernel: str, cost, target: str) -> KernelCost:
     _, bandwidth, peak = GPUS[target]
     bound = max(cost.distinct / bandwidth, cost.flops / peak)
     return KernelCost(kernel, cost.launches, cost.requested, cost.distinct_load, cost.distinct_store, cost.flops, bound)

@@ -27,6 +27,7 @@ from types import MappingProxyType
 import torch
 
 from coterie_kernels.delta_rule_tiles import DELTA_RULE_TILES
+from coterie_kernels.sparse_attention_tiles import SPARSE_ATTENTION_TILES
 
 Table = dict[str, dict[str, dict]]
 
@@ -174,7 +175,7 @@ TILES: Table = {
     ),
 }
 
-for _target, _kernels in DELTA_RULE_TILES.items():
+for _target, _kernels in (*DELTA_RULE_TILES.items(), *SPARSE_ATTENTION_TILES.items()):
     TILES[_target] |= _kernels
 
 

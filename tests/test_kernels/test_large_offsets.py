@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from coterie_kernels import combine, delta_rule, expert_mlp, grouped_matmul, routing
+from coterie_kernels import combine, delta_rule, expert_mlp, grouped_matmul, routing, sparse_attention
 from coterie_kernels.proof.count import record
 
 LIMIT = 2**31
@@ -227,3 +227,27 @@ def test_sequences_of_the_delta_rule(decay):
         assert (got is None) == (wanted is None)
         if got is not None:
             torch.testing.assert_close(got[-len(wanted) :], wanted)
+
+
+def test_rows_of_sparse_attention():
+    """The last of many rows of a batch: windows, sinks and blocks, of its queries and of its keys."""
+    heads, groups, width = 2, 1, 128
+    rows = LIMIT // (M * groups * width) + 2
+    q, grad = _randn(1, M, heads, width), _randn(1, M, heads, width)
+    k, v = _randn(1, M, groups, width), _randn(1, M, groups, width)
+    ids = torch.randint(5, (1, M, groups, 1))
+    seen = sparse_attention.Seen(5, 2, 4, True, width**-0.5, None)
+
+    def run(q, k, v, ids, grad, grad_lse):
+        o, lse = sparse_attention.forward(q, k, v, ids, None, None, None, seen)
+        return o, lse, *sparse_attention.backward(grad, grad_lse, q, k, v, ids, None, None, None, o, lse, seen)[:3]
+
+    alone = run(q, k, v, ids, grad, torch.ones(1, M, heads))
+    assert rows * k.numel() >= LIMIT
+    kernels = ("forward_kernel", "query_gradients_kernel", "key_gradients_kernel")
+    big = [_ending_in(t, rows) for t in (q, k, v)]
+    ids = torch.cat((torch.full((rows - 1, *ids.shape[1:]), -1), ids))
+    with record(), _last_programs(dict.fromkeys(kernels, lambda grid: (grid[0] // rows,))):
+        results = run(*big, ids, _ending_in(grad, rows), torch.ones(rows, M, heads))
+    for got, wanted in zip(results, alone, strict=True):
+        torch.testing.assert_close(got[-1:], wanted)

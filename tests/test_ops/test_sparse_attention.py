@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from _check import check_op, fuzz, relative_error
+from _sparse_attention import make_ids, make_inputs, op
 from coterie.ops import _sparse_attention_tiles as tiles
 from coterie.ops import merge_by_lse, sparse_attention
 
@@ -20,34 +21,6 @@ op_module = importlib.import_module("coterie.ops.sparse_attention")  # the packa
 @pytest.fixture(autouse=True)
 def _tiles_for_few_keys_too(monkeypatch):
     monkeypatch.setattr(op_module, "_FEW_KEYS", 0)
-
-
-def make_inputs(
-    batch=2, length=37, num_keys=None, heads=4, groups=2, width=8, values=6, *, dtype=torch.float32, by=1.0
-):
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape):
-        return (torch.randn(*shape, generator=generator) * by).to(dtype).requires_grad_()
-
-    num_keys = length if num_keys is None else num_keys
-    return (
-        randn(batch, length, heads, width),
-        randn(batch, num_keys, groups, width),
-        randn(batch, num_keys, groups, values),
-        randn(heads),
-    )
-
-
-def make_ids(batch, length, groups, selected, blocks, seed=1):
-    """Some of them repeated, none, or beyond the keys."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-1, blocks + 1, (batch, length, groups, selected), generator=generator)
-
-
-def op(q, k, v, sink_logits, settings, impl):
-    o, lse = sparse_attention(q, k, v, sink_logits=sink_logits, return_lse=True, impl=impl, **settings)
-    return o, lse.masked_fill(lse == -torch.inf, 0)
 
 
 def literal(q, k, v, sink_logits, *, window=None, sinks=0, block_ids=None, block_size=64, causal=True, softcap=None):
@@ -454,7 +427,7 @@ def test_compiles_into_one_graph():
         ({"sink_logits": torch.zeros(3)}, r"sink_logits must have shape \[H\] = \[4\], got \(3,\)"),
         ({"token_mask": torch.ones(2, 36, dtype=torch.bool)}, r"token_mask must have shape"),
         ({"cu_seqlens": torch.tensor([0, 37])}, "cu_seqlens needs B = 1"),
-        ({"impl": "triton"}, "impl must be one of 'reference', 'torch', got 'triton'"),
+        ({"impl": "fast"}, "impl must be one of 'reference', 'torch', 'triton', got 'fast'"),
     ],
 )
 def test_wrong_arguments(change, message):

@@ -1,16 +1,16 @@
 """Every launcher, with examples that reach all there is to prove. A new kernel joins by one more entry in `CATALOG`."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from coterie_kernels import combine, delta_rule, expert_mlp, grouped_matmul, routing, sort
+from coterie_kernels.proof.example import DTYPES, Entry, Example, name_of, randn
+from coterie_kernels.proof.sparse_attention import matrix_sparse_attention, small_sparse_attention
 from coterie_kernels.tiles import TILES
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SWIGLU = expert_mlp.Activation("silu", True)
 _GPT_OSS = expert_mlp.Activation("silu", True, 1.702, 7.0, 1.0)
 _OTHER_ACTIVATIONS = {  # those whose gradients take most registers, and one without a gate
@@ -18,35 +18,6 @@ _OTHER_ACTIVATIONS = {  # those whose gradients take most registers, and one wit
     "geglu": expert_mlp.Activation("gelu", True),
     "relu2": expert_mlp.Activation("relu2", False),
 }
-
-
-@dataclass(frozen=True)
-class Example:
-    """run() makes tensors, launches, and returns the results; the same to the bit every time.
-
-    may_spill: that a kernel compiled for it spills is no fault.
-    """
-
-    label: str
-    run: Callable[[], Sequence[Tensor | None]]
-    may_spill: bool = False
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A mechanism's launchers.
-
-    Attributes:
-        name: of the file in `coterie_kernels`.
-        small: examples that the interpreter runs in seconds: odd sizes, empty experts, every branch.
-        matrix: (target, dtype) → examples that compile every entry of its tile tables.
-        multiplies: the kernels that must use tensor cores where the dtype has them.
-    """
-
-    name: str
-    small: Callable[[], Iterator[Example]]
-    matrix: Callable[[str, torch.dtype], Iterator[Example]]
-    multiplies: tuple[str, ...] = ()
 
 
 def _ids(tokens: int, num_experts: int, top_k: int, how: str = "random") -> Tensor:
@@ -58,10 +29,6 @@ def _ids(tokens: int, num_experts: int, top_k: int, how: str = "random") -> Tens
     if how == "skewed":
         return (num_experts * torch.rand(tokens, top_k, generator=generator) ** 4).long()
     return torch.full_like(ids, num_experts // 2) if how == "one" else ids
-
-
-def _randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def run_expert_mlp(
@@ -81,13 +48,13 @@ def run_expert_mlp(
     """The MLP's forward and backward, of random numbers."""
     width = 2 * hidden if activation.gated else hidden
     ids = _ids(tokens, num_experts, top_k, how)
-    weights = _randn(tokens, top_k, dtype=torch.float32, seed=1).abs()
-    x, grad, addend = (_randn(tokens, dim, dtype=dtype, seed=seed) for seed in (2, 3, 4))
-    up = _randn(num_experts, width, dim, dtype=dtype, seed=5) / dim**0.5
-    down = _randn(num_experts, dim, hidden, dtype=dtype, seed=6) / hidden**0.5
+    weights = randn(tokens, top_k, dtype=torch.float32, seed=1).abs()
+    x, grad, addend = (randn(tokens, dim, dtype=dtype, seed=seed) for seed in (2, 3, 4))
+    up = randn(num_experts, width, dim, dtype=dtype, seed=5) / dim**0.5
+    down = randn(num_experts, dim, hidden, dtype=dtype, seed=6) / hidden**0.5
     biases = (
-        _randn(num_experts, width, dtype=dtype, seed=7) if bias else None,
-        _randn(num_experts, dim, dtype=dtype, seed=8) if bias else None,
+        randn(num_experts, width, dtype=dtype, seed=7) if bias else None,
+        randn(num_experts, dim, dtype=dtype, seed=8) if bias else None,
     )
     y, *kept = expert_mlp.forward(
         x, ids, weights, up, down, *biases, addend if bias else None, activation, not recompute
@@ -111,7 +78,7 @@ def _small_expert_mlp() -> Iterator[Example]:
     }
     for label, (sizes, settings) in cases.items():
         for dtype in DTYPES if label == "odd" else (torch.bfloat16, torch.float32):
-            yield Example(f"{label}, {_name(dtype)}", lambda a=sizes, d=dtype, s=settings: run_expert_mlp(*a, d, **s))
+            yield Example(f"{label}, {name_of(dtype)}", lambda a=sizes, d=dtype, s=settings: run_expert_mlp(*a, d, **s))
 
 
 def _matrix_expert_mlp(target: str, dtype: torch.dtype) -> Iterator[Example]:
@@ -157,10 +124,10 @@ def run_grouped_matmul(
     """The product and its gradients; three rows belong to no expert."""
     num_rows = sum(counts) + 3
     tokens = num_rows // 2 + 1 if gathered else num_rows
-    x, grad = _randn(tokens, dim, dtype=dtype, seed=1), _randn(num_rows, outer, dtype=dtype, seed=2)
-    weight = _randn(len(counts), outer, dim, dtype=dtype, seed=3)
+    x, grad = randn(tokens, dim, dtype=dtype, seed=1), randn(num_rows, outer, dtype=dtype, seed=2)
+    weight = randn(len(counts), outer, dim, dtype=dtype, seed=3)
     rows = torch.randint(tokens, (num_rows,), generator=torch.Generator().manual_seed(4)) if gathered else None
-    biases = _randn(len(counts), outer, dtype=dtype, seed=5) if bias else None
+    biases = randn(len(counts), outer, dtype=dtype, seed=5) if bias else None
     counts = torch.tensor(counts)
     y = grouped_matmul.multiply_rows(x, weight, counts, rows=rows, bias=biases)
     grad_rows = grouped_matmul.multiply_rows(grad, weight, counts, transposed=True)
@@ -172,7 +139,7 @@ def _small_grouped_matmul() -> Iterator[Example]:
     for dtype in DTYPES:
         for gathered in (False, True):
             sizes = ([5, 0, 33, 1], 19, 21, dtype)
-            label = f"{'gathered, ' * gathered}{_name(dtype)}"
+            label = f"{'gathered, ' * gathered}{name_of(dtype)}"
             yield Example(label, lambda a=sizes, g=gathered: run_grouped_matmul(*a, gathered=g, bias=g))
     several = ([5, 0, 33, 1], 70, 130, torch.float32)  # tiles along both sides
     yield Example("several tiles", lambda: run_grouped_matmul(*several, gathered=True, bias=True))
@@ -210,12 +177,12 @@ def run_routing(
     tokens: int, num_experts: int, top_k: int, dtype: torch.dtype, *, masked: bool, groups: int, settings: Sequence
 ) -> list[Tensor]:
     """settings: score, order, normalize, scale."""
-    logits = _randn(tokens, num_experts, dtype=dtype, seed=1)
-    bias = _randn(num_experts, dtype=torch.float32, seed=2) if masked else None
-    mask = _randn(tokens, dtype=torch.float32, seed=3) > -1 if masked else None
+    logits = randn(tokens, num_experts, dtype=dtype, seed=1)
+    bias = randn(num_experts, dtype=torch.float32, seed=2) if masked else None
+    mask = randn(tokens, dtype=torch.float32, seed=3) > -1 if masked else None
     group = (groups, max(groups // 2, 1), "top2_sum" if masked else "max")
     weights, ids = routing.route_topk(logits, bias, mask, top_k, *settings, *group)
-    grad = _randn(tokens, top_k, dtype=torch.float32, seed=4)
+    grad = randn(tokens, top_k, dtype=torch.float32, seed=4)
     return [weights, ids, routing.route_topk_backward(grad, logits, ids, *settings)]
 
 
@@ -256,15 +223,15 @@ def run_delta_rule(
     "channels". ends: of packed sequences."""
     (heads, key_heads), (key_width, value_width) = heads, widths
     tokens = sequences * length if ends is None else ends[-1]
-    q, k, erase = (_randn(tokens, key_heads, key_width, dtype=dtype, seed=seed) / key_width**0.5 for seed in (1, 2, 3))
-    v, grad = (_randn(tokens, heads, value_width, dtype=dtype, seed=seed) for seed in (4, 5))
+    q, k, erase = (randn(tokens, key_heads, key_width, dtype=dtype, seed=seed) / key_width**0.5 for seed in (1, 2, 3))
+    v, grad = (randn(tokens, heads, value_width, dtype=dtype, seed=seed) for seed in (4, 5))
     channels = (key_width,) if decay == "channels" else ()
-    g = None if decay == "none" else -_randn(tokens, heads, *channels, dtype=torch.float32, seed=6).abs()
-    beta = _randn(tokens, heads, dtype=dtype, seed=7).sigmoid() if edit == "beta" else None
+    g = None if decay == "none" else -randn(tokens, heads, *channels, dtype=torch.float32, seed=6).abs()
+    beta = randn(tokens, heads, dtype=dtype, seed=7).sigmoid() if edit == "beta" else None
     edits = (g, erase if edit == "erase" else None, beta)
     states = len(ends) - 1 if ends is not None else sequences
     before, grad_after = (
-        _randn(states, heads, key_width, value_width, dtype=torch.float32, seed=seed) for seed in (8, 9)
+        randn(states, heads, key_width, value_width, dtype=torch.float32, seed=seed) for seed in (8, 9)
     )
     ends = None if ends is None else torch.tensor(ends)
     scale = key_width**-0.5
@@ -319,10 +286,6 @@ def _matrix_delta_rule(target: str, dtype: torch.dtype) -> Iterator[Example]:
             yield Example(label, lambda a=sizes, m=more: run_delta_rule(*a, **m), may_spill=True)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 CATALOG = (
     Entry("sort", _small_sort, _matrix_sort),
     Entry("routing", _small_routing, _matrix_routing),
@@ -338,5 +301,11 @@ CATALOG = (
         _small_delta_rule,
         _matrix_delta_rule,
         ("forward_kernel", "backward_kernel", "gradients_kernel", "channel_gradients_kernel"),
+    ),
+    Entry(
+        "sparse_attention",
+        small_sparse_attention,
+        matrix_sparse_attention,
+        ("forward_kernel", "query_gradients_kernel", "key_gradients_kernel"),
     ),
 )

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coterie.ops import _sparse_attention_tiles as tiles
+from coterie.ops import _sparse_attention_triton
 from coterie.ops._arguments import check_cu_seqlens, check_tensor, choose_impl, read_cu_seqlens
 from coterie.ops._autocast import no_autocast
 
-_IMPLS = ("reference", "torch")
 _FEW_QUERIES = 4  # up to so many, what they see is gathered
 _FEW_KEYS = 256  # up to so many, all scores are formed at once: tiles would be too many and too small
 
@@ -57,13 +57,15 @@ def sparse_attention(
         causal: whether later keys are hidden. False: cross attention, without a window.
         scale: None: P^-0.5.
         softcap: c, scores become c · tanh(score / c) (Gemma 2).
-        cu_seqlens: [number of sequences + 1] int64, the bounds of sequences packed into L = Lk; B must be 1.
+        cu_seqlens: [number of sequences + 1] int64, the bounds of sequences packed into L = Lk; B must be 1. "triton"
+            does not check their values, so that no accelerator is waited for.
         token_mask: [B, Lk] bool; False is padding, whatever it contains: seen by nobody, and 0 as a query's output.
-            With it and more than a few queries, and with block_ids, an accelerator is waited for; and a mask cannot be
-            traced into one graph.
+            But for "triton" an accelerator is waited for with it and more than a few queries, as with block_ids, and
+            it cannot be traced into one graph then.
         return_lse: whether log Z is wanted, to merge outputs over sets of keys without a common one: `merge_by_lse`.
         impl: "reference" (all scores at once, any dtype, twice differentiable) | "torch" (time and memory grow with
-            what is seen, not with L · Lk). None: torch.
+            what is seen, not with L · Lk) | "triton" (the same in kernels, float16, bfloat16 and float32, P and V up to
+            256). None: triton on a GPU, else torch.
 
     Returns:
         o [B, L, H, V] in v's dtype; with return_lse also log Z [B, L, H], float32 (float64 for float64). A query that
@@ -74,7 +76,7 @@ def sparse_attention(
         TypeError: a dtype is.
     """
     check_tensor("q", q, (None, None, None, None), "[B, L, H, P]")
-    impl = choose_impl(impl, q, _IMPLS)
+    impl = choose_impl(impl, q)
     _check(q, k, v, window, sinks, block_ids, block_size, sink_logits, causal, softcap, cu_seqlens, token_mask)
     length, width = q.shape[1], q.shape[3]
     if block_ids is not None and block_ids.shape[1] != length:
@@ -83,6 +85,9 @@ def sparse_attention(
     if window is None:
         window = 0 if block_ids is not None else k.shape[1]
     seen = tiles.Seen(window, sinks, block_size, causal, width**-0.5 if scale is None else float(scale), softcap)
+    if impl == "triton":
+        o, lse = _sparse_attention_triton.attend(q, k, v, block_ids, sink_logits, seen, cu_seqlens, token_mask)
+        return (o, lse) if return_lse else o
     with no_autocast(q.device.type):
         if cu_seqlens is None and (impl == "reference" or k.shape[1] <= _FEW_KEYS):
             o, lse = _dense(q, k, v, block_ids, sink_logits, seen, token_mask)
