@@ -7,6 +7,7 @@ selects.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -296,25 +297,34 @@ def _one(
 ) -> tuple[Tensor, Tensor]:
     """One query [B, H, P] over keys before the position `stop` (or [B] of them, with the `slots` [B, Lk] of positions):
     o [B, H, V] and log Z [B, H]."""
-    dtype, groups = _wide(q), k.shape[2]
+    dtype, groups, size = _wide(q), k.shape[2], seen.block_size
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
     if slots is None:
         first = max(stop - seen.window, 0)  # of the window
-        parts = [(slice(first, stop), None)]
+        parts = [(lambda t: t[:, :, first:stop], None)]
         if seen.sinks and first:
-            parts.append((slice(0, min(seen.sinks, first)), None))
+            parts.append((lambda t: t[:, :, : min(seen.sinks, first)], None))
     else:
         stop, first = stop.view(-1, 1, 1), (stop - seen.window).clamp(min=0).view(-1, 1, 1)
-        window, sinks = (torch.arange(min(n, k.shape[1]), device=q.device) for n in (seen.window, seen.sinks))
-        parts = [(first + window, first + window >= stop), (sinks.expand_as(first + sinks), sinks >= first)]
+        window, sinks = (torch.arange(min(n, k.shape[2]), device=q.device) for n in (seen.window, seen.sinks))
+        near, sinks = first + window, sinks.expand_as(first + sinks)
+        parts = [(partial(_rows, keys=near, slots=slots), near >= stop)]
+        parts.append((partial(_rows, keys=sinks, slots=slots), sinks >= first))
     if block_ids is not None:
-        parts.append(_selected_keys(block_ids, seen, first))
+        starts, keys, hidden = _selected_keys(block_ids, seen, first, k.shape[2])
+        if slots is None:  # a block at a time
+            row, group = (torch.arange(n, device=q.device) for n in k.shape[:2])
+            where = row.view(-1, 1, 1), group.view(-1, 1), starts
+            parts.append((lambda t: t.unfold(2, size, 1).mT[where].flatten(2, 3), hidden))
+        else:
+            parts.append((partial(_rows, keys=keys, slots=slots), hidden))
     query = q.to(dtype).unflatten(1, (groups, -1)) * seen.scale
     scores, values = [], []
-    for where, hidden in parts:
-        keys, own = (_rows(t.transpose(1, 2), where, slots).to(dtype) for t in (k, v))
+    for take, hidden in parts:
+        rows, own = (take(t).to(dtype) for t in (k, v))
         if slots is not None:  # a place without a token may contain anything
-            keys, own = (t.masked_fill(hidden.unsqueeze(-1), 0) for t in (keys, own))
-        part = query @ keys.mT
+            rows, own = (t.masked_fill(hidden.unsqueeze(-1), 0) for t in (rows, own))
+        part = query @ rows.mT
         if seen.softcap is not None:
             part = seen.softcap * (part / seen.softcap).tanh()
         scores.append((part if hidden is None else part.masked_fill(hidden.unsqueeze(2), -torch.inf)).unsqueeze(3))
@@ -323,26 +333,27 @@ def _one(
     return o.flatten(1, 3), lse.flatten(1)
 
 
-def _selected_keys(block_ids: Tensor, seen: tiles.Seen, end: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The keys before `end` of blocks [B, G, S], and which of them are not to be seen: both [B, G, S · block size]."""
-    limit = torch.as_tensor(end, device=block_ids.device)
-    ids = torch.minimum(block_ids.clamp(min=-1), -(-limit // seen.block_size)).sort(-1).values
-    repeated = F.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
-    keys = ids.unsqueeze(-1) * seen.block_size + torch.arange(seen.block_size, device=ids.device)
-    hidden = ((keys < seen.sinks) | (keys >= limit.unsqueeze(-1)) | repeated.unsqueeze(-1)).flatten(2)
-    keys = keys.flatten(2)
-    return torch.minimum(keys, limit - 1).clamp(min=0), hidden | (keys < 0)
+def _selected_keys(
+    block_ids: Tensor, seen: tiles.Seen, end: int | Tensor, num_keys: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of blocks [B, G, S]: where each begins, moved back for it to end with the keys, and both [B, G, S · block size]
+    its keys from there on, and which of these are not of it, not before `end`, sinks, or seen already."""
+    size = seen.block_size
+    ids = block_ids.clamp(-1, -(-num_keys // size)).sort(-1).values
+    begin = ids * size
+    starts = begin.clamp(0, num_keys - size)
+    keys = starts.unsqueeze(-1) + torch.arange(size, device=ids.device)
+    none = F.pad(ids[..., 1:] == ids[..., :-1], (1, 0)) | (ids < 0)
+    hidden = (keys < begin.clamp(min=seen.sinks).unsqueeze(-1)) | none.unsqueeze(-1)
+    keys, hidden = keys.flatten(2), hidden.flatten(2)
+    return starts, keys, hidden | (keys >= end)
 
 
-def _rows(t: Tensor, where: slice | Tensor, slots: Tensor | None) -> Tensor:
-    """[B, G, Lk, P] → the keys at those positions [B, G or 1, n]: [B, G, n, P]."""
-    if isinstance(where, slice):
-        return t[:, :, where]
-    row, group = (torch.arange(size, device=t.device) for size in t.shape[:2])
+def _rows(t: Tensor, keys: Tensor, slots: Tensor) -> Tensor:
+    """[B, G, Lk, P] → the keys at those positions [B, G or 1, n], which are in these slots [B, Lk]: [B, G, n, P]."""
+    row, group = (torch.arange(n, device=t.device) for n in t.shape[:2])
     row = row.view(-1, 1, 1)
-    if slots is not None:
-        where = slots[row, where.clamp(max=slots.shape[1] - 1)]
-    return t[row, group.view(-1, 1), where]
+    return t[row, group.view(-1, 1), slots[row, keys.clamp(max=slots.shape[1] - 1)]]
 
 
 def _check(q, k, v, window, sinks, block_ids, block_size, sink_logits, causal, softcap, cu_seqlens, token_mask) -> None:
