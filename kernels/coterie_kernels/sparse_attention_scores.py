@@ -2,7 +2,7 @@
 
 The R heads of queries that share a head of keys are rows side by side: row i · R + r is head r of query i. A query sees
 keys of its span, start..stop-1: those from `near` on, its window; the first ones, its sinks; and selected blocks, which
-count from the start. A row that is not there, or is padding, has the span −1..−2 and sees nothing. Scores are in
+count from the start. A row that is not there, or is padding, has the span −1..−1 and sees nothing. Scores are in
 units of log 2.
 """
 
@@ -88,7 +88,8 @@ def selected_tile(number, ids, start, near, sinks, block_size, num_keys, KEYS: t
     repeated = tl.sum(((which < number // tiles) & (ids == own)).to(tl.int32), 0)
     is_block = (own >= 0) & (own < tl.cdiv(num_keys, block_size)) & (repeated == 0)
     first = start + tl.where(is_block, own, 0).to(tl.int32) * block_size
-    end = tl.where(is_block, tl.minimum(first + block_size, near), 0)
+    # Of what is no block there is no key, not even where a padding row has its start before the first.
+    end = tl.where(is_block, tl.minimum(first + block_size, near), first)
     key = first + (number % tiles) * KEYS + tl.arange(0, KEYS)
     if sinks is None:
         return key, key < end

@@ -325,3 +325,23 @@ def test_what_it_does_not_take_is_told():
         triton(*make_inputs(1, 3, width=257)[:3])
     with pytest.raises(TypeError, match=r"impl='triton' computes in float16, bfloat16, float32, got torch.float64"):
         triton(*(t.double() for t in make_inputs(1, 3)[:3]))
+
+
+def test_padding_in_front_that_chose_no_block():
+    """Of a first row whose padding has nothing before it: no key is read there, and nothing comes out."""
+    q, k, v, _ = make_inputs(2, 12, heads=2, groups=1, values=8)
+    mask = torch.arange(12) >= torch.tensor([[3], [0]])
+    with torch.no_grad():
+        for t in (q, k, v):
+            t[~mask] = torch.nan
+    ids = torch.full((2, 12, 1, 3), -1)
+    ids[:, 6:, :, 0] = 0
+    results = []
+    for impl in ("triton", "reference"):
+        o, lse = sparse_attention(q, k, v, block_ids=ids, block_size=4, token_mask=mask, return_lse=True, impl=impl)
+        grads = torch.autograd.grad(o.sin().sum() + lse[mask & (lse[..., 0] > -torch.inf)].sum(), (q, k, v))
+        assert (o[~mask] == 0).all()
+        assert (lse[~mask] == -torch.inf).all()
+        results.append((o, *grads))
+    for got, wanted in zip(*results, strict=True):
+        assert relative_error(got, wanted) < 1e-5

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from _check import fuzz, relative_error
 from coterie.modules import Attention, RotaryEmbedding, SparseAttention
-from coterie.ops import indexer_loss, select_blocks, selected_mass, sparse_attention
+from coterie.ops import add_to_blocks, indexer_loss, select_blocks, selected_mass, sparse_attention
 
 ROTARY = RotaryEmbedding(8)
 KINDS = {
@@ -78,6 +78,30 @@ def test_padding_is_as_if_it_were_not_there(name):
         torch.testing.assert_close(whole[row, mask[row]], alone[0])
     steps = in_steps(layer, x, turns, layer.new_cache(2, LENGTH), mask)
     torch.testing.assert_close(steps[mask], whole[mask])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_padding_reads_nothing_and_no_token_is_an_empty_output(name):
+    layer, x = make_layer(name), make_x()
+    mask = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(2)) < 0.7
+    if layer.sink_logits is None:
+        y = layer(x, ROTARY((mask.cumsum(1) - 1).clamp(min=0)), token_mask=mask)
+        assert (y[~mask] == 0).all()
+    assert layer(x[:, :0], rotary(0)).shape == (2, 0, 24)
+    with torch.no_grad():
+        cache = layer.new_cache(2, LENGTH)
+        layer(x[:, :9], rotary(9), cache_layer=cache)
+        assert layer(x[:, :0], rotary(0), cache_layer=cache).shape == (2, 0, 24)
+
+
+@pytest.mark.parametrize("name", ["nsa, learned", "indexer"])
+def test_a_cache_carries_no_gradients(name):
+    layer, x = make_layer(name), make_x()
+    learned = layer.compress_weight if layer.indexer is None else layer.indexer.k_proj.weight
+    for parameter in layer.parameters():
+        parameter.requires_grad_(parameter is learned)
+    with pytest.raises(ValueError, match="a cache carries no gradients"):
+        layer(x, rotary(), cache_layer=layer.new_cache(2, LENGTH))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -327,11 +351,22 @@ def test_compiles_into_one_graph():
         )
 
 
-def test_autocast_keeps_the_choice(monkeypatch):
-    layer, x = make_layer("moba", torch.float32), make_x(dtype=torch.float32)
+@pytest.mark.parametrize("name", ["moba", "nsa, learned", "indexer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(name, dtype):
+    layer, x = make_layer(name, torch.float32, num_blocks=13), make_x(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x, rotary())
+        y = layer(x.to(dtype), rotary())
     assert relative_error(y.float(), layer(x, rotary())) < 0.05
+
+
+def test_learned_compression_is_summed_in_float32():
+    x, weights = torch.randn(1, 12, 2, 8).bfloat16(), torch.rand(4, 2, 8).bfloat16()
+    wanted = (x.double().unflatten(1, (3, 4)) * weights.double()).sum(2)
+    for positions in (0, torch.arange(12).unsqueeze(0)):
+        blocks = torch.zeros(1, 3, 2, 8)
+        add_to_blocks(blocks, x, weights, positions)
+        assert relative_error(blocks, wanted) < 1e-6
 
 
 @pytest.mark.parametrize(

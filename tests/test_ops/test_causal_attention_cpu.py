@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from _check import relative_error
+from coterie.modules.attention import causal_attention
 from coterie.ops import _causal_attention_cpu as ours
 
 SHAPES = [(2, 4, 2, 37, 37, 16, 16), (1, 6, 2, 40, 55, 8, 8), (2, 2, 2, 16, 16, 8, 12), (3, 3, 1, 2, 9, 8, 8)]
@@ -129,3 +130,29 @@ def test_queries_that_follow_many_keys(dtype, heads, groups, length, before):
     got = ours.continued_attention(*(t.to(dtype) for t in (q, k, v)), 0.3)
     assert got.dtype == dtype
     assert relative_error(got, wanted) < max(1.5 * relative_error(torchs, wanted), 1e-14)
+
+
+@torch.no_grad()
+def test_queries_whose_channels_are_apart_and_none_at_all():
+    q, k, v = (torch.randn(1, 2, length, 16).mT.contiguous().mT for length in (3, 50, 50))
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(3, 50, dtype=torch.bool).tril(47))
+    torch.testing.assert_close(causal_attention(q, k, v), wanted)
+    assert causal_attention(q[:, :, :0], k, v).shape == (1, 2, 0, 16)
+    wider = torch.randn(1, 2, 50, 24)
+    wanted = F.scaled_dot_product_attention(q, k, wider, attn_mask=torch.ones(3, 50, dtype=torch.bool).tril(47))
+    torch.testing.assert_close(causal_attention(q, k, wider), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [40, 41])
+def test_keys_in_parts(dtype, count, monkeypatch):
+    monkeypatch.setattr(ours, "_SPLIT", 40)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    q, (k, v) = torch.randn(1, 3, 1, 16), (torch.randn(1, 1, 60, 16)[:, :, :count] for _ in range(2))
+    wanted = F.scaled_dot_product_attention(*(t.double() for t in (q, k, v)), enable_gqa=True)
+    assert ours.is_split(k)
+    got = causal_attention(*(t.to(dtype) for t in (q, k, v)))
+    assert relative_error(got, wanted) < {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    assert not ours.is_split(k[:, :, :39])
+    assert not ours.is_split(k.expand(2, -1, -1, -1))

@@ -59,6 +59,7 @@ def small_sparse_attention() -> Iterator[Example]:
         "blocks alone, R = 1": ((1, 11, 11), (2, 2), (8, 8), {"selected": 2, "block_size": 5}),
         "packed": ((1, 23, 23), (2, 1), (8, 8), more | {"ends": [0, 7, 7, 8, 23]}),
         "padding": ((2, 9, 17), (2, 1), (8, 8), more | {"masked": True, "sink_logits": True}),
+        "padding, blocks alone": ((2, 17, 17), (2, 1), (8, 8), {"selected": 3, "block_size": 4, "masked": True}),
         "packed and padding": ((1, 23, 23), (2, 1), (8, 8), {"window": 5, "ends": [0, 9, 23], "masked": True}),
         "packed, not causal": ((1, 23, 23), (2, 1), (8, 8), {"window": 23, "ends": [0, 9, 23], "causal": False}),
         "cross": ((1, 21, 13), (2, 1), (8, 8), {"window": 13, "causal": False}),

@@ -212,6 +212,8 @@ def _says_nothing(config: TransformerConfig, name: str) -> bool:
         return "latent_attention" not in config.mixers
     if name.startswith("linear_"):
         return "linear_attention" not in config.mixers
+    if name.startswith("sparse_"):
+        return "sparse_attention" not in config.mixers
     if name == "expert_bias":
         return "moe" not in config.feed_forwards
     if name == "rotary_layers":

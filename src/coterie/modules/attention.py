@@ -222,12 +222,15 @@ def causal_attention(
         # One query sees all keys, so the H/G heads of a group can stand as H/G queries of one head: no mask for
         # causality, and the keys are read once a group. The decoding path; 1.6x the grouped one at S = 1000 on a CPU.
         grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[3])  # [B, G, H/G, P]
-        y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+        if mask is None and not missing and _causal_attention_cpu.is_split(keys):
+            y = _causal_attention_cpu.split_attention(grouped, keys, values, scale)
+        else:
+            y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
         y = y.reshape(*queries.shape[:3], -1)
     elif mask is None and num_queries == num_keys:
         grouped = queries.shape[1] != keys.shape[1]
         y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
-    elif mask is None and queries.device.type == "cpu" and not torch.is_grad_enabled():
+    elif mask is None and _causal_attention_cpu.continues(queries, values):
         y = _causal_attention_cpu.continued_attention(queries, keys, values, scale)
     else:
         causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=queries.device)

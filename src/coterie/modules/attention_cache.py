@@ -154,7 +154,8 @@ class BlockCache(AttentionCache):
     def snapshot(self) -> tuple[int | Tensor | None, ...]:
         """The length, and copies of the blocks that are not complete."""
         at = self._block_in_work()
-        return self.length, self.counts, *(blocks[torch.arange(len(at)), at].clone() for blocks in self.blocks)
+        row = torch.arange(len(at), device=at.device)
+        return self.length, self.counts, *(blocks[row, at] for blocks in self.blocks)
 
     def rollback(self, snapshot: tuple[int | Tensor | None, ...]) -> None:
         """Be as at the snapshot again."""
@@ -163,7 +164,7 @@ class BlockCache(AttentionCache):
         for blocks, own in zip(self.blocks, then, strict=True):
             later = torch.arange(blocks.shape[1], device=at.device) > at.unsqueeze(-1)
             blocks.masked_fill_(later[:, :, None, None], 0)
-            blocks[torch.arange(len(at)), at] = own
+            blocks[torch.arange(len(at), device=at.device), at] = own
 
     def _block_in_work(self) -> Tensor:
         """[B], the last one where the cache is full."""

@@ -152,7 +152,7 @@ class CrossAttention(nn.Module):
 
     def _attend(self, queries: Tensor, seen: "CrossAttentionCache") -> Tensor:
         """Queries [B, H, L, P] → what they see, [B, L, H·P]."""
-        keys, values, mask = seen.keys, seen.values, None
+        keys, values, mask = seen.keys.to(queries.dtype), seen.values.to(queries.dtype), None
         if not keys.shape[2]:
             return torch.zeros_like(queries).transpose(1, 2).flatten(2)
         if seen.context_mask is not None:

@@ -19,7 +19,8 @@ from coterie.ops._autocast import no_autocast
 
 SCORERS = ("window", "moba", "nsa", "indexer")
 COMPRESSIONS = ("mean", "learned")
-_SCORES = 2**19  # of queries and blocks at a time: they stay in a cache
+# Of queries and blocks at a time: on a CPU they stay in its cache, elsewhere they do not fill the memory.
+_SCORES, _SCORES_ELSEWHERE = 2**19, 2**25
 
 
 class SparseAttention(Attention):
@@ -184,9 +185,13 @@ arXiv:2512.02556 |
             selection = None if block_ids is None else Selection(block_ids)
             y = sparse_attention(q, k, v, block_ids=block_ids, **seen)
         else:
+            index = None
+            if self.indexer is not None:
+                index = self.indexer(x.detach(), rotary, self.rotary_interleaved)
+                new = [index[1]]
             blocks = cache_layer.blocks if cache_layer is not None else None
             with no_autocast(x.device.type):
-                selection, y, index_scores = self._select(x, q, new, rotary, blocks, place, token_mask, k.shape[1])
+                selection, y, index_scores = self._select(q, new, index, blocks, place, token_mask, k.shape[1])
             seen["block_ids"] = selection.block_ids
             if self.scorer == "nsa":
                 y = self._branches(x, q, k, v, y, seen)
@@ -203,10 +208,9 @@ arXiv:2512.02556 |
 
     def _select(
         self,
-        x: Tensor,
         q: Tensor,
         new: list[Tensor],
-        rotary: tuple[Tensor, Tensor] | None,
+        index: tuple[Tensor, Tensor, Tensor] | None,
         blocks: tuple[Tensor, ...] | None,
         place: int | Tensor,
         token_mask: Tensor | None,
@@ -214,12 +218,9 @@ arXiv:2512.02556 |
     ) -> tuple[Selection, Tensor | None, Tensor | None]:
         """The blocks, what the compressed keys and values gave, and the indexer's scores of the blocks in training.
 
-        new: x's keys and values [B, L, G, P]. blocks: the cache's. place: positions of x, or the first.
+        new: keys and values [B, L, G, P], or the indexer's keys. index: what the indexer gave. blocks: the cache's.
+        place: positions of the queries, or the first.
         """
-        index = None
-        if self.scorer == "indexer":
-            index = self.indexer(x.detach(), rotary, self.rotary_interleaved)
-            new = [index[1]]
         new = new[: 2 if self.scorer == "nsa" else 1]
         learns = torch.is_grad_enabled() and (self.scorer == "nsa" or (index is not None and self.training))
         with torch.set_grad_enabled(learns):
@@ -227,6 +228,8 @@ arXiv:2512.02556 |
             if blocks is None:
                 count = -(-num_keys // self.block_size)
                 blocks = tuple(t.new_zeros(len(q), count, *t.shape[2:], dtype=wide) for t in new)
+            elif learns and any(t.requires_grad for t in (*new, *self.parameters())):
+                raise ValueError("a cache carries no gradients: call under torch.no_grad()")
             weights = self.compress_weight
             if weights is None:
                 weights = q.new_full((len(new), self.block_size, 1, 1), 1 / self.block_size, dtype=wide)
@@ -234,7 +237,11 @@ arXiv:2512.02556 |
                 add_to_blocks(block, t, weight, place, token_mask)
             heads = {"moba": self.num_kv_heads, "nsa": self.num_heads}.get(self.scorer) or self.indexer.num_heads
             choose = partial(self._choose, q, blocks, index, place)
-            ids, o, found = self._by_chunks(choose, len(q) * heads, q.shape[1], place, num_keys // self.block_size)
+            on_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()  # which would unroll the chunks
+            most = (_SCORES if on_cpu else _SCORES_ELSEWHERE) // (len(q) * heads)
+            ids, o, found = self._by_chunks(choose, most, q.shape[1], place, num_keys // self.block_size)
+        if o is not None and token_mask is not None:
+            o = o.masked_fill(~token_mask[..., None, None], 0)
         return Selection(ids), o, found
 
     def _choose(
@@ -273,15 +280,16 @@ arXiv:2512.02556 |
     def _by_chunks(
         self,
         step: Callable[[slice, int], tuple[Tensor | None, ...]],
-        heads: int,
+        most: int,
         length: int,
         place: int | Tensor,
         blocks: int,
     ) -> list[Tensor | None]:
-        """`step` of few enough queries at a time, with the number of blocks that may be complete before the last."""
-        size = max(_SCORES // (heads * max(blocks, 1)), 1)
+        """`step` of so many queries at a time that they have no more scores of blocks than `most`, with the number of
+        blocks that may be complete before the last."""
+        size = max(most // max(blocks, 1), 1)
         parts = []
-        for start in range(0, length, size):
+        for start in range(0, max(length, 1), size):
             rows, count = slice(start, min(start + size, length)), blocks
             if not isinstance(place, Tensor):
                 count = (place + rows.stop) // self.block_size

@@ -16,6 +16,7 @@ from coterie.ops._products import multiplies_natively
 _QUERIES = 128  # positions of a block
 _SCORES = 2**20  # numbers of a block of scores: 2 MB
 _LARGE = 2**13
+_SPLIT = 2**14  # so many keys are read by all threads
 _KEYS = 1024  # more than these, and torch's own, which walks through keys as well, is as fast
 
 
@@ -45,6 +46,32 @@ def causal_attention(
     return _forward_op(queries, keys, values, key_mask, scale)[0]
 
 
+def is_split(keys: Tensor) -> bool:
+    """Whether `split_attention` reads so many keys faster than torch, which gives them all to one thread."""
+    alone = keys.shape[0] * keys.shape[1] == 1 and keys.device.type == "cpu" and not torch.is_grad_enabled()
+    return alone and keys.shape[2] >= _SPLIT and torch.get_num_threads() > 1
+
+
+def split_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+    """[1, 1, R, P] queries that see all keys [1, 1, S, P] and values: a part of the keys for each thread."""
+    threads, count = torch.get_num_threads(), keys.shape[2]
+    size = count // threads
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    parts = [[t[0, :, : threads * size].unflatten(1, (threads, size)) for t in (keys, values)]]
+    if threads * size < count:
+        parts.append([t[:, :, threads * size :] for t in (keys, values)])
+    found = [flash(queries.expand(-1, own[0].shape[1], -1, -1), *own, scale=scale) for own in parts]
+    o, lse = (torch.cat(each, 1) for each in zip(*found, strict=True))  # [1, parts, R, P], [1, parts, R]
+    shares = lse.softmax(1).unsqueeze(-1)
+    return (o * shares).sum(1, keepdim=True).to(queries.dtype)
+
+
+def continues(queries: Tensor, values: Tensor) -> bool:
+    """Whether `continued_attention` can take these, behind which more keys than queries stand."""
+    narrow = values.shape[3] <= queries.shape[3]
+    return queries.device.type == "cpu" and not torch.is_grad_enabled() and queries.numel() > 0 and narrow
+
+
 def continued_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
     """The same where many keys come before the first query, without gradients: those, and the queries' own, apart.
 
@@ -52,7 +79,8 @@ def continued_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: fl
     """
     length, groups, before = queries.shape[2], keys.shape[1], keys.shape[2] - queries.shape[2]
     repeats = queries.shape[1] // groups
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which takes channels to be side by side
+    queries, keys, values = (t if t.stride(3) == 1 else t.contiguous() for t in (queries, keys, values))
     all_see = [t[:, :, :before] for t in (keys, values)]
     far, far_lse = flash(queries.unflatten(1, (groups, repeats)).flatten(2, 3), *all_see, scale=scale)
     own = [t[:, :, before:].repeat_interleave(repeats, 1) for t in (keys, values)]

@@ -42,13 +42,17 @@ def add_to_blocks(
         positions: [B, L], or the first one, from which on they are.
         token_mask: [B, L] bool; False = padding, not added.
     """
-    size = len(weights)
+    size, weights = len(weights), weights.to(blocks.dtype)
     if isinstance(positions, Tensor):
-        x = (x * weights[positions % size]).to(blocks.dtype)
+        x = x * weights[positions % size]
         if token_mask is not None:
             x = x.masked_fill(~token_mask[..., None, None], 0)
         row = torch.arange(len(blocks), device=x.device).unsqueeze(-1) * blocks.shape[1]
-        blocks.view(-1, *blocks.shape[2:]).index_add_(0, (row + positions // size).flatten(), x.flatten(0, 1))
+        rows, index, x = blocks.view(-1, *blocks.shape[2:]), (row + positions // size).flatten(), x.flatten(0, 1)
+        if x.is_cuda:  # in a fixed order, which index_add_ has on a CPU alone
+            rows.index_put_((index,), x, accumulate=True)
+        else:
+            rows.index_add_(0, index, x)
         return
     first, shift = positions // size, positions % size
     x = F.pad(x, (0, 0, 0, 0, shift, -(shift + x.shape[1]) % size)).unflatten(1, (-1, size))
@@ -127,18 +131,17 @@ def _select_for_one(
     if window:
         stop = min(stop, (position - window) // block_size + 1)
     start, stop = min(first, own + 1), min(stop, own - local + 1)
-    always = sorted({*range(start), *range(max(own - local + 1, 0), own + 1)})
-    n, wanted = max(stop - start, 0), num_blocks - len(always)
+    near = torch.arange(max(own - local + 1, start), own + 1, device=scores.device)
+    n, wanted = max(stop - start, 0), num_blocks - start - len(near)
     block = torch.arange(start, start + n, device=scores.device)
     if n > wanted:
         best = (_sortable(scores[..., start:stop]) - block).topk(wanted, -1).values
         chosen = -best & 0xFFFFFFFF
     else:
         chosen = block.expand(*scores.shape[:3], n)
-    told = always + [-1] * (wanted - chosen.shape[-1])
-    if not told:
-        return chosen
-    return torch.cat((torch.tensor(told, device=scores.device).expand(*scores.shape[:3], -1), chosen), -1)
+    first_ones = torch.arange(start, device=scores.device)
+    ids = torch.cat([t.expand(*scores.shape[:3], -1) for t in (first_ones, near, chosen)], -1)
+    return F.pad(ids, (0, num_blocks - ids.shape[-1]), value=-1)
 
 
 def selected_mass(
@@ -153,7 +156,8 @@ def selected_mass(
 ) -> Tensor:
     """How much of its attention a query gives to each block: Σ exp(scale · q · k − log Z) over its keys and a group.
 
-    Work grows with what is selected. Not differentiable.
+    Work grows with what is selected. Not differentiable. There is no kernel of it: on a GPU it waits for the host, in
+    training with an indexer alone.
 
     Args:
         q: [B, L, H, P]; the last query stands at the last key.
