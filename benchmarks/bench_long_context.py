@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 LENGTHS = (1024, 4096, 16384, 65536, 262144)
 CHUNK = 4096  # tokens taken in at a time
 TIMED_CHUNKS = 8  # of a context
-STEPS = 20  # of decoding, in turns
+TURNS, STEPS = 8, 3  # of decoding: so many steps at a time, after one that is not timed
 SLOWDOWN_BAR = 1.3  # of a step after 65,536 tokens over one after 1,024
 CHECKED = 600  # tokens on which taking in by chunks has to agree with all at once
 
@@ -99,27 +99,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     config = preset(options.preset)
     models = {name: Transformer(c).eval() for name, c in (("hybrid", config), ("full", attention_twin(config)))}
-    facts, found = _tell.machine(), []
+    facts = _tell.machine()
     print(_tell.format_machine(facts) + "\n")
     for name, model in models.items():
         if (error := chunks_differ(model)) > 1e-4:
             print(f"bench_long_context: wrong result: {name} in chunks differs by {error:.0e}", file=sys.stderr)
             return 1
     lengths = options.length or (LENGTHS[:2] if options.quick else LENGTHS)
-    with tqdm(total=len(lengths) * (len(models) + 1), unit="context", disable=None) as progress:
+    with tqdm(total=len(lengths) * len(models), unit="context", disable=None) as progress:
+        prefills = {}
         for length in lengths:
-            prefills = {}
             for name, model in models.items():
                 progress.set_description(f"{length:,} tokens, {name}")
-                prefills[name] = prefill(model, length)
+                prefills[name, length] = prefill(model, length)
                 progress.update()
-            found += [
-                Figures(name, length, *prefills[name], step, cache)
-                for name, (step, cache) in decode(models, length).items()
-            ]
-            progress.update()
-            tqdm.write(format_figures([figures for figures in found if figures.length == length]))
-    print("\n" + format_figures(found))
+    steps = decode(models, lengths)
+    found = [Figures(*case, *prefills[case], *steps[case]) for case in prefills]
+    print(format_figures(found))
     print(_tell.format_bars(bars(found), ("model",)))
     path = options.out / "long_context.json"
     content = {"benchmark": "long_context", "preset": options.preset, "machine": facts, "bars": bars(found)}
@@ -158,20 +154,24 @@ def prefill(model: Transformer, length: int) -> tuple[int, int, float]:
 
 
 @torch.no_grad()
-def decode(models: Mapping[str, Transformer], length: int) -> dict[str, tuple[float, int]]:
-    """Seconds of a step, the median over steps in turns, and bytes of the cache that holds the context."""
-    caches = {name: model.new_cache(1, length + STEPS + 3) for name, model in models.items()}
-    sizes = {name: model.new_cache(1, length).nbytes for name, model in models.items()}
-    token, seconds = torch.zeros(1, 1, dtype=torch.int64), {name: [] for name in models}
-    for cache in caches.values():
+def decode(models: Mapping[str, Transformer], lengths: Sequence[int]) -> dict[tuple[str, int], tuple[float, int]]:
+    """Of each model after each context: seconds of a step, the median over turns, and bytes of the context's cache.
+
+    All take turns, so that a slow moment of the machine is everyone's.
+    """
+    token, cases = torch.zeros(1, 1, dtype=torch.int64), [(name, length) for length in lengths for name in models]
+    caches = {(name, length): models[name].new_cache(1, length + TURNS * (STEPS + 1)) for name, length in cases}
+    for (_, length), cache in caches.items():
         fill(cache, length)
-    for name, model in models.items():  # a model after the other: its weights and cache are where they are when it runs
-        for step in range(STEPS + 3):
-            start = time.perf_counter()
-            model(token, cache=caches[name], num_logits=1)
-            if step >= 3:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: (statistics.median(seconds[name]), sizes[name]) for name in models}
+    seconds = {case: [] for case in cases}
+    for _ in range(TURNS):
+        for case in cases:
+            for step in range(STEPS + 1):
+                start = time.perf_counter()
+                models[case[0]](token, cache=caches[case], num_logits=1)
+                if step:
+                    seconds[case].append(time.perf_counter() - start)
+    return {case: (statistics.median(seconds[case]), models[case[0]].new_cache(1, case[1]).nbytes) for case in cases}
 
 
 def fill(cache: KVCache, length: int) -> None:

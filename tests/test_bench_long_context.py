@@ -25,7 +25,7 @@ def bench(monkeypatch):
 def test_measures_small_contexts(bench, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "CHUNK", 8)
     monkeypatch.setattr(bench, "TIMED_CHUNKS", 3)
-    monkeypatch.setattr(bench, "STEPS", 3)
+    monkeypatch.setattr(bench, "TURNS", 2)
     assert bench.main(["--length", "8", "1024", "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "long_context.json").read_text(encoding="utf-8"))
     figures = {(f["model"], f["length"]): f for f in content["figures"]}
