@@ -273,7 +273,10 @@ def draw(found: Sequence[Figures], config: TransformerConfig, name: str, facts: 
             f"{title}: {ratio:.3g} × at {max(f.length for f in found):,}", loc="left", size=11, weight="bold"
         )
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        if title == "Decoding":
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set_yscale("log")
         lengths = sorted({f.length for f in found})
         axes.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
         axes.minorticks_off()
