@@ -158,8 +158,11 @@ def test_a_run_is_repeatable(quality):
     assert quality.train(quality.Run("noisy-recall", "kda ±", 3e-3, seed=2, steps=3)).loss != first.loss
 
 
-def test_every_mixer_learns(quality):
-    for name in quality.MIXERS:
+@pytest.mark.parametrize(
+    "names", [("attention", "gated delta", "gated delta, sparse"), pytest.param(None, marks=pytest.mark.slow)]
+)
+def test_every_mixer_learns(quality, names):
+    for name in names or quality.MIXERS:
         run = quality.train(quality.Run("selective-copy", name, 3e-3, seed=0, steps=25))
         assert run.loss < 2.9, name  # log 16, of a guess among the tokens, is 2.77
 
