@@ -6,10 +6,9 @@ apart. flash-linear-attention's kernels are counted the same way, where it is in
 interpreted: with the first of the configurations that it would choose from by timing.
 """
 
-import builtins
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import _bench
+import _fla
 import _tell
 from coterie.ops.delta_rule import delta_rule
 from coterie.report import format_table
@@ -205,29 +205,12 @@ def _ours(**inputs: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def interpreted_fla() -> Compute | None:
     """Its chunk_gated_delta_rule in Triton's interpreter; None if it is not there, or does not import."""
-    import triton.language as tl
-    from triton.runtime import autotuner
-
-    import coterie_kernels  # noqa: F401 (mends the interpreter)
-
-    # Configurations are not timed, there being nothing to time them on: the first of equals is taken.
-    autotuner.Autotuner._bench = lambda self, *args, config, **meta: [1.0, 1.0, 1.0]
-    try:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    except Exception:
+    theirs = _fla.interpreted("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
+    if theirs is None:
         return None
 
-    def tensors_of_range(*bounds: Any) -> Iterator[Any]:
-        """As a compiler has it: numbers that `.to` can be asked of."""
-        for i in builtins.range(*map(int, bounds)):
-            yield tl.full((), i, tl.int32)
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fla.ops") and hasattr(module, "tl"):
-            module.range = tensors_of_range
-
     def compute(q, k, v, g, erase, beta):
-        return chunk_gated_delta_rule(q, k, v, g, beta, output_final_state=True)
+        return theirs(q, k, v, g, beta, output_final_state=True)
 
     return compute
 

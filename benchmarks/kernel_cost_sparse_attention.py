@@ -6,10 +6,9 @@ interpreted: with the first of the configurations that it would choose from by t
 (NSA) take 16 heads a group and more, so that they are not among these.
 """
 
-import builtins
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import _bench
+import _fla
 import _kernel_cost
 import _tell
 from _kernel_cost import LayerCost
@@ -182,27 +182,7 @@ def _ours(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
 
 def interpreted_fla() -> Compute | None:
     """Its parallel_attn in Triton's interpreter; None if it is not there, or does not import."""
-    import triton.language as tl
-    from triton.runtime import autotuner
-
-    import coterie_kernels  # noqa: F401 (mends the interpreter)
-
-    # Configurations are not timed, there being nothing to time them on: the first of equals is taken.
-    autotuner.Autotuner._bench = lambda self, *args, config, **meta: [1.0, 1.0, 1.0]
-    try:
-        from fla.ops.attn.parallel import parallel_attn
-    except Exception:
-        return None
-
-    def tensors_of_range(*bounds: Any) -> Iterator[Any]:
-        """As a compiler has it: numbers that `.to` can be asked of."""
-        for i in builtins.range(*map(int, bounds)):
-            yield tl.full((), i, tl.int32)
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fla.ops") and hasattr(module, "tl"):
-            module.range = tensors_of_range
-    return parallel_attn
+    return _fla.interpreted("fla.ops.attn.parallel", "parallel_attn")
 
 
 def format_costs(costs: Sequence[LayerCost], options: Options) -> str:

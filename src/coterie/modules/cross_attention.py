@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coterie.modules._heads import divide_heads
 from coterie.modules._init import init_normal
 from coterie.modules._padding import without_padding
 from coterie.modules.attention import QK_NORMS
@@ -54,14 +55,7 @@ class CrossAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_kv_heads is None:
-            num_kv_heads = num_heads
-        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
-        if head_dim is None:
-            if dim % num_heads:
-                raise ValueError(f"head_dim must be given where num_heads = {num_heads} does not divide {dim}")
-            head_dim = dim // num_heads
+        num_kv_heads, head_dim = divide_heads(dim, num_heads, num_kv_heads, head_dim)
         if qk_norm not in (None, *QK_NORMS):
             raise ValueError(f"qk_norm must be None or one of {', '.join(map(repr, QK_NORMS))}, got {qk_norm!r}")
         context_dim = dim if context_dim is None else context_dim

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coterie.modules._heads import divide_heads
 from coterie.modules._init import init_normal
 from coterie.modules._padding import without_padding
 from coterie.modules._wide import wide
@@ -133,14 +134,7 @@ class LinearAttention(nn.Module):
         super().__init__()
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
-        if num_key_heads is None:
-            num_key_heads = num_heads
-        if num_heads < 1 or num_key_heads < 1 or num_heads % num_key_heads:
-            raise ValueError(f"num_key_heads must divide num_heads = {num_heads}, got {num_key_heads}")
-        if head_dim is None:
-            if dim % num_heads:
-                raise ValueError(f"head_dim must be given where num_heads = {num_heads} does not divide {dim}")
-            head_dim = dim // num_heads
+        num_key_heads, head_dim = divide_heads(dim, num_heads, num_key_heads, head_dim, name="num_key_heads")
         value_dim = head_dim if value_dim is None else value_dim
         if num_edits is not None and rule != "delta_product":
             raise ValueError(f"num_edits is of 'delta_product' alone, got {num_edits} for {rule!r}")
