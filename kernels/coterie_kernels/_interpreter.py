@@ -4,8 +4,15 @@ It holds bfloat16 as the bits in a uint16. Up to 3.9 it multiplies those integer
 of rounding to nearest even, and loses a carry into the exponent. Dots of 16-bit operands are also taken to float32
 first, which is exact and lets numpy call its BLAS.
 
+Half of its time went into what has no effect. A call of a device function looks through all names of the language for
+what its kernel's launch has patched already; and sums of integers are formed twice, to see whether they overflow, but
+nobody is told, as asserts are off.
+
 Triton 3.6 makes a range's bounds of arrays with one element, which numpy 2.4 no longer takes for numbers.
 """
+
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import triton.language as tl
@@ -20,6 +27,9 @@ def mend() -> None:
     interpreter._convert_float = _convert
     interpreter.InterpreterBuilder.create_dot = _create_dot
     interpreter._patch_lang_tensor = _patch_tensor
+    interpreter.InterpretedFunction.__call__ = _call_device_function
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=options.debug)
 
 
 def _convert(data, source, target, rounding_mode):
@@ -36,6 +46,21 @@ def _convert(data, source, target, rounding_mode):
 def _patch_tensor(tensor, scope):
     _patch_lang_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+def _call_device_function(self, *args, **kwargs):
+    if any(tl.core.is_builtin(language.load) for language in _languages(self.fn)):
+        interpreter._patch_lang(self.fn)
+    try:
+        return self.rewrite()(*args, **kwargs)
+    except Exception as error:
+        raise interpreter.InterpreterError(repr(error)) from error
+
+
+@cache
+def _languages(fn):
+    """`tl` and `tl.core`, where they are visible from within `fn`: what the launch of a kernel patches by name."""
+    return {module for module in fn.__globals__.values() if module is tl or module is tl.core}
 
 
 def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):

@@ -37,7 +37,7 @@ def assert_same(got, wanted, bound=3e-6):
         assert relative_error(a, b) < bound
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(t, marks=pytest.mark.slow) for t in DTYPES[1:])])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_windows_and_sinks(dtype, softcap):
     for settings in ({}, {"window": 5}, {"window": 65, "sinks": 3}, {"window": 0}, {"window": 0, "sinks": 4}):
@@ -46,7 +46,7 @@ def test_windows_and_sinks(dtype, softcap):
     check_op(op, (*inputs, {"window": 65, "sinks": 3}), layouts=["expanded", "strided"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(t, marks=pytest.mark.slow) for t in DTYPES[1:])])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("more", [{}, {"window": 6}, {"window": 6, "sinks": 5, "softcap": 2.0}])
 def test_blocks(dtype, more):
     check_op(op, (*make_inputs(1, 17, heads=2, groups=1, dtype=dtype), blocks(1, 17, 1, 17, **more)))
