@@ -16,9 +16,10 @@ def quality(monkeypatch):
     return importlib.import_module("quality.run")
 
 
-def sample(quality, name, length=None, batch=200):
+def sample(quality, name, length=None, batch=200, *, of_tests=False):
     task = quality.TASKS[name]
-    ids, targets = task.sample(batch, length or task.length, torch.Generator().manual_seed(1))
+    draw = task.test_sample if of_tests else task.sample
+    ids, targets = draw(batch, length or task.length, torch.Generator().manual_seed(1))
     assert ids.shape == targets.shape == (batch, length or task.length)
     assert ids.min() >= 0
     assert ids.max() < task.vocab_size
@@ -91,9 +92,11 @@ def test_needles_are_asked_for_by_their_keys(quality, name, length, keys, digits
         assert sum(target != quality.IGNORED for target in wanted) == digits * len(questions)
 
 
-def test_variables_are_worth_what_was_assigned(quality):
-    ids, targets, asked = sample(quality, "variable-tracking")
+@pytest.mark.parametrize("of_tests", [False, True], ids=["any name", "the last names"])
+def test_variables_are_worth_what_was_assigned(quality, of_tests):
+    ids, targets, asked = sample(quality, "variable-tracking", of_tests=of_tests)
     assert (asked.sum(1) == 3 + 6).all()
+    lasts = 0
     for row, wanted in zip(ids.tolist(), targets.tolist(), strict=True):
         value_of, used = {}, set()
         for at, token in enumerate(row):
@@ -103,10 +106,11 @@ def test_variables_are_worth_what_was_assigned(quality):
                 value_of[name] = wanted[at + 2] if source < 16 else value_of[source]
                 assert wanted[at + 2] == value_of[name]
                 used.add(source)
-        last = [row[at + 1] for at, token in enumerate(row) if token == 49]
-        assert set(last) == value_of.keys() - used
-        assert [wanted[at + 1] for at, token in enumerate(row) if token == 49] == [value_of[name] for name in last]
-        assert len({value_of[name] for name in last}) == 3
+        names = [row[at + 1] for at, token in enumerate(row) if token == 49]
+        assert [wanted[at + 1] for at, token in enumerate(row) if token == 49] == [value_of[name] for name in names]
+        assert len({value_of[name] for name in names}) == 3  # one of each chain
+        lasts += sum(name not in used for name in names)
+    assert lasts == 600 if of_tests else 200 < lasts < 400
 
 
 def test_what_is_hidden_is_whole_and_in_order(quality):
@@ -122,7 +126,7 @@ def test_tests_of_retrieval_score_the_questions_alone(quality):
     task = quality.TASKS["variable-tracking"]
 
     def right_at_the_end(ids):
-        _, targets = task.sample(*ids.shape, torch.Generator().manual_seed(10**6))
+        _, targets = task.test_sample(*ids.shape, torch.Generator().manual_seed(10**6))
         targets[:, : -task.end] = 0
         return torch.nn.functional.one_hot(targets.clamp(min=0), task.vocab_size).float()
 
