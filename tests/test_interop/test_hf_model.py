@@ -10,7 +10,7 @@ import torch.nn.functional as F
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache, TrainingArguments  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, TrainingArguments  # noqa: E402
 
 import coterie  # noqa: E402
 from _check import relative_error  # noqa: E402
@@ -48,7 +48,24 @@ CONFIG = coterie.TransformerConfig(
 )
 
 HYBRID = replace(CONFIG, mixers=("linear_attention", "linear_attention", "linear_attention", "attention"))
-HYBRIDS = [HYBRID, replace(HYBRID, linear_rule="kda", linear_conv=0), replace(HYBRID, linear_conv=1)]
+SPARSE = replace(
+    CONFIG,
+    mixers=("sparse_attention", "sparse_attention", "attention", "sparse_attention"),
+    sparse_scorer="nsa",
+    sparse_window=2,
+    sparse_block_size=2,
+    sparse_num_blocks=3,
+)
+HYBRIDS = {
+    "hybrid": HYBRID,
+    "no convolution": replace(HYBRID, linear_rule="kda", linear_conv=0),
+    "conv of 1": replace(HYBRID, linear_conv=1),
+    "nsa": SPARSE,
+    "moba, shared": replace(SPARSE, sparse_scorer="moba", sparse_share=2),
+    "indexer": replace(SPARSE, sparse_scorer="indexer"),
+    "window": replace(SPARSE, sparse_scorer="window"),
+}
+MODELS = {"attention": CONFIG, **HYBRIDS}
 
 
 @pytest.fixture(autouse=True)
@@ -289,8 +306,9 @@ def test_linear_attention_alone_has_no_cache_there():
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False), wanted)
 
 
-def test_a_hybrids_cache_carries_no_gradients():
-    _, model = make_pair(HYBRID)
+@pytest.mark.parametrize("name", ["hybrid", "nsa"])
+def test_a_hybrids_cache_carries_no_gradients(name):
+    _, model = make_pair(HYBRIDS[name])
     with pytest.raises(ValueError, match="no gradients"):
         model(make_ids(1, 5), use_cache=True)
 
@@ -298,7 +316,7 @@ def test_a_hybrids_cache_carries_no_gradients():
 # --- generation ---
 
 
-@pytest.mark.parametrize("config", [CONFIG, *HYBRIDS], ids=["attention", "hybrid", "no convolution", "conv of 1"])
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("lengths", [(6, 6), (6, 2, 4)])
 def test_greedy_tokens_are_those_of_generate(config, use_cache, lengths):
@@ -309,7 +327,7 @@ def test_greedy_tokens_are_those_of_generate(config, use_cache, lengths):
     assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("config", [CONFIG, HYBRID], ids=["attention", "hybrid"])
+@pytest.mark.parametrize("config", [CONFIG, HYBRID, *[HYBRIDS[name] for name in ("nsa", "indexer")]])
 def test_beams_are_the_same_with_and_without_a_cache(config):
     _, model = make_pair(config)
     ids, mask = make_ids(2, 6), left_padding(6, 3)
@@ -349,7 +367,7 @@ def test_assisted_generation_and_continuing_a_cache_are_greedy_too():
     assert torch.equal(rest.sequences, wanted)
 
 
-@pytest.mark.parametrize("config", [CONFIG, *HYBRIDS], ids=["attention", "hybrid", "no convolution", "conv of 1"])
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 @torch.no_grad()
 def test_a_forward_in_pieces_is_the_whole(config):
     _, model = make_pair(config)
@@ -363,6 +381,25 @@ def test_a_forward_in_pieces_is_the_whole(config):
         pieces.append(output.logits)
     assert past.get_seq_length() == 9
     assert relative_error(torch.cat(pieces, 1)[mask.bool()], whole.logits[mask.bool()]) < 1e-5
+
+
+@torch.no_grad()
+def test_blocks_are_kept_in_any_cache_that_grows():
+    _, model = make_pair(SPARSE)
+    ids = make_ids(2, 9)
+    wanted = model(ids, use_cache=False).logits
+    bare = DynamicCache()  # made without a config
+    logits = torch.cat([model(part, past_key_values=bare).logits for part in ids.split((5, 3, 1), 1)], 1)
+    assert relative_error(logits, wanted) < 1e-5
+    with pytest.raises(ValueError, match="cannot be taken back"):
+        bare.crop(-2)
+    bare.reset()
+    assert relative_error(model(ids[:, :4], past_key_values=bare).logits, wanted[:, :4]) < 1e-5
+    foreign = DynamicCache()
+    for layer in range(4):
+        foreign.update(*torch.randn(2, 2, 2, 3, 8), layer)
+    with pytest.raises(ValueError, match="past_key_values' layer 0 has keys and no blocks"):
+        model(ids, past_key_values=foreign)
 
 
 # --- files ---

@@ -10,15 +10,16 @@ transformers and is itself imported when one of its names is asked for.
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -26,9 +27,10 @@ from transformers.utils.generic import can_return_tuple
 
 from coterie.models.cache import token_positions
 from coterie.models.config import TransformerConfig
-from coterie.models.transformer import Transformer
+from coterie.models.transformer import Transformer, TransformerLayer
 from coterie.modules.experts import Experts
 from coterie.modules.router import TopKRouter
+from coterie.modules.sparse_attention import SparseAttention
 from coterie.ops import balance_loss
 from coterie.report.model_card import CARD_FILE, write_model_card
 
@@ -191,23 +193,17 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("labels need the logits of all positions: logits_to_keep must be 0")
         counts = "full_attention" in self.config.layer_types
-        if "sparse_attention" in self.config.mixers and (use_cache or past_key_values is not None):
-            raise ValueError(
-                "use_cache must be False where a mixer is 'sparse_attention': transformers' caches keep nothing of "
-                "blocks; use coterie.generate"
-            )
         if not counts and (use_cache or past_key_values is not None):
             raise ValueError(
                 "use_cache must be False where all mixers are 'linear_attention': transformers counts positions by keys"
             )
         if use_cache is None:
-            keeps = counts and "sparse_attention" not in self.config.mixers
-            use_cache = keeps and self.config.use_cache and not torch.is_grad_enabled()
+            use_cache = counts and self.config.use_cache and not torch.is_grad_enabled()
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         cache, token_mask = None, _token_mask(attention_mask, input_ids, past_key_values)
         if past_key_values is not None:
-            cache = _HFCache(past_key_values, token_mask, self.config.num_layers)
+            cache = _HFCache(past_key_values, token_mask, self.model.layers)
         if token_mask is not None:
             token_mask = token_mask[:, -input_ids.shape[1] :]
         if output_hidden_states is None:
@@ -320,14 +316,17 @@ class _HFCache:
     Args:
         cache: theirs.
         token_mask: [B, past + L] bool, or None: no padding.
-        num_layers: of the model.
+        layers: of the model.
     """
 
     max_length = math.inf
 
-    def __init__(self, cache: Cache, token_mask: Tensor | None, num_layers: int) -> None:
+    def __init__(self, cache: Cache, token_mask: Tensor | None, layers: Sequence[TransformerLayer]) -> None:
         self.length = cache.get_seq_length()
-        self.layers = [_HFCacheLayer(cache, index, token_mask) for index in range(num_layers)]
+        self.layers = [_HFCacheLayer(cache, index, token_mask) for index in range(len(layers))]
+        for index, layer in enumerate(layers):
+            if getattr(layer.mixer, "block_shapes", None):
+                self.layers[index] = _HFBlockCacheLayer(cache, index, token_mask, layer.mixer)
         self._token_mask = token_mask
 
     def positions(self, input_ids: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -360,6 +359,69 @@ class _HFCacheLayer:
         tail = state.new_zeros(len(state), 0, 0) if tail is None else tail  # theirs has one, whatever ours has
         self._cache.update_conv_state(tail.mT, self._index)
         self._cache.update_recurrent_state(state, self._index)
+
+
+class _HFBlockCacheLayer(_HFCacheLayer):
+    """One layer of it, spoken to as a `BlockCache`."""
+
+    def __init__(self, cache: Cache, index: int, token_mask: Tensor | None, mixer: SparseAttention) -> None:
+        super().__init__(cache, index, token_mask)
+        self._shapes, self._block_size = mixer.block_shapes, mixer.block_size
+        while len(cache.layers) <= index:  # one that was made without a config
+            cache.layers.append(DynamicLayer())
+        if not isinstance(cache.layers[index], _BlockLayer):
+            if cache.layers[index].get_seq_length():
+                raise ValueError(f"past_key_values' layer {index} has keys and no blocks: it is not of this model")
+            cache.layers[index] = _BlockLayer()
+
+    def positions(self, added: int, token_mask: Tensor | None) -> int | Tensor:
+        past = self._cache.layers[self._index].get_seq_length()
+        if self._token_mask is None:
+            return past
+        return (self._token_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+
+    @property
+    def blocks(self) -> tuple[Tensor, ...]:
+        layer = self._cache.layers[self._index]
+        return layer.make_room(-(-layer.get_seq_length() // self._block_size), self._shapes)
+
+
+class _BlockLayer(DynamicLayer):
+    """Keys and values, as in transformers, and what stands for blocks of them."""
+
+    is_croppable = False
+    blocks: tuple[Tensor, ...] = ()
+
+    def make_room(self, count: int, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+        """For so many blocks: [B, at least `count`, heads, width] each; the new ones are 0."""
+        if not self.blocks:
+            wide = torch.promote_types(self.keys.dtype, torch.float32)
+            self.blocks = tuple(self.keys.new_zeros(len(self.keys), 0, *shape, dtype=wide) for shape in shapes)
+        room = self.blocks[0].shape[1]
+        if room < count:  # half as much again, so that growing costs nothing in the long run
+            self.blocks = tuple(F.pad(t, (0, 0, 0, 0, 0, count + count // 2 - room)) for t in self.blocks)
+        return self.blocks
+
+    def reset(self) -> None:
+        super().reset()
+        self.blocks = ()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.blocks = tuple(t.index_select(0, beam_idx.to(t.device)) for t in self.blocks)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.blocks = tuple(t.repeat_interleave(repeats, 0) for t in self.blocks)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.blocks = tuple(t[indices] for t in self.blocks)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("what stands for blocks of keys cannot be taken back in caches of transformers")
+        super().crop(tokens_to_remove)
 
 
 def _token_mask(attention_mask: Tensor | None, input_ids: Tensor, cache: Cache | None) -> Tensor | None:

@@ -134,12 +134,16 @@ arXiv:2512.02556 |
         place = {"device": device or weight.device, "dtype": dtype or weight.dtype}
         if self.scorer == "window" and self.window + self.sinks <= max_length:
             return WindowCache(batch_size, self.num_kv_heads, self.window, self.head_dim, sinks=self.sinks, **place)
-        keys = (self.num_kv_heads, self.head_dim)
-        blocks = {"moba": [keys], "nsa": [keys, keys]}.get(self.scorer, [])
-        if self.indexer is not None:
-            blocks = [(1, self.indexer.head_dim)]
         sizes = batch_size, self.num_kv_heads, max_length, self.head_dim
-        return BlockCache(*sizes, block_size=self.block_size, blocks=blocks, **place)
+        return BlockCache(*sizes, block_size=self.block_size, blocks=self.block_shapes, **place)
+
+    @property
+    def block_shapes(self) -> list[tuple[int, int]]:
+        """(heads, width) of each thing that stands for a block of keys in a cache."""
+        if self.indexer is not None:
+            return [(1, self.indexer.head_dim)]
+        keys = (self.num_kv_heads, self.head_dim)
+        return {"moba": [keys], "nsa": [keys, keys]}.get(self.scorer, [])
 
     def forward(
         self,
@@ -172,7 +176,7 @@ arXiv:2512.02556 |
         queries, keys, values, gate = self._heads(x, rotary)
         new = [t.transpose(1, 2) for t in (keys, values)]
         added, mask, place = x.shape[1], token_mask, 0
-        if isinstance(cache_layer, BlockCache):
+        if cache_layer is not None and self.block_shapes:
             place = cache_layer.positions(added, token_mask)
         elif token_mask is not None:
             place = (token_mask.cumsum(-1) - 1).clamp(min=0)
