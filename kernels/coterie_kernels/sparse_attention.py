@@ -24,6 +24,7 @@ from coterie_kernels.sparse_attention_index import (
     work_table,
 )
 from coterie_kernels.sparse_attention_key_gradients import key_gradients_kernel, sum_parts_kernel
+from coterie_kernels.sparse_attention_mass import mass_kernel
 from coterie_kernels.sparse_attention_query_gradients import query_gradients_kernel
 from coterie_kernels.sparse_attention_tiles import attention_tile
 from coterie_kernels.target import dot_precision, on_its_device, target_of
@@ -92,11 +93,16 @@ class _Call:
             settings = self.tile(kernel)
             step = settings["ROWS"] = min(settings["ROWS"], _at_least_16(rows))
         else:
-            settings = self.tile("selected" if kernel == "forward" else "selected_gradients")
-            settings["KEYS"] = min(settings["KEYS"], _at_least_16(self.seen.block_size))
-            step, settings["ROWS"] = self.heads, _at_least_16(self.heads)
+            settings = self.one_query("selected" if kernel == "forward" else "selected_gradients")
+            step = self.heads
         settings |= {"NEAR": near, "STEP": step, "SELECTED": triton.next_power_of_2(max(self.selected, 1))}
         return settings, self.units * triton.cdiv(rows, step)
+
+    def one_query(self, kernel: str) -> dict[str, Any]:
+        """Settings where a tile is the heads of one query, and parts of the blocks that it selected."""
+        settings = self.tile(kernel)
+        settings["KEYS"] = min(settings["KEYS"], _at_least_16(self.seen.block_size))
+        return settings | {"ROWS": _at_least_16(self.heads)}
 
     def splits(self, programs: int, settings: dict[str, Any], block_ids: Tensor | None) -> int:
         """How many programs share a tile of queries, so that few queries of many keys make enough of them."""
@@ -184,6 +190,40 @@ def _forward(
             num_warps=4,
             enable_fp_fusion=True,
         )
+
+
+@on_its_device
+def selected_mass(
+    q: Tensor, k: Tensor, lse: Tensor, block_ids: Tensor, token_mask: Tensor | None, block_size: int, scale: float
+) -> Tensor:
+    """[B, L, G, S] float32, what each block got of a query's attention; see `coterie.ops.selected_mass`.
+
+    Args:
+        q, k, block_ids, token_mask: as `forward` takes them.
+        lse: [B, L, H] float32, contiguous.
+    """
+    seen = Seen(0, 0, block_size, True, scale, None)
+    sequences = find_sequences(q.shape[1], k.shape[1], True, None, token_mask)
+    call = _Call(q, k, k, block_ids, seen, sequences)
+    mass = lse.new_empty(block_ids.shape)
+    if mass.numel():
+        mass_kernel[(call.units * q.shape[1],)](
+            q,
+            k,
+            *call.layout,
+            block_ids,
+            lse,
+            mass,
+            *call.sizes[:2],
+            block_size,
+            call.selected,
+            scale,
+            *k.stride()[:3],
+            SELECTED=triton.next_power_of_2(call.selected),
+            **call.one_query("selected"),
+            **{name: call.constants[name] for name in ("GROUPS", "HEADS", "P", "WIDTH", "PRECISION")},
+        )
+    return mass
 
 
 @on_its_device

@@ -9,7 +9,7 @@ import torch
 import _check
 from _check import relative_error
 from _sparse_attention import make_ids, make_inputs, op
-from coterie.ops import merge_by_lse, sparse_attention
+from coterie.ops import merge_by_lse, selected_mass, sparse_attention
 from coterie_kernels import sparse_attention as kernels
 from coterie_kernels.proof.count import record
 from coterie_kernels.tiles import TILES
@@ -50,6 +50,36 @@ def test_windows_and_sinks(dtype, softcap):
 @pytest.mark.parametrize("more", [{}, {"window": 6}, {"window": 6, "sinks": 5, "softcap": 2.0}])
 def test_blocks(dtype, more):
     check_op(op, (*make_inputs(1, 17, heads=2, groups=1, dtype=dtype), blocks(1, 17, 1, 17, **more)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("groups", "size"), [(1, 4), (2, 24)])
+def test_mass_of_blocks(groups, size, masked, dtype):
+    """Some repeated, some not there; of the last queries of more keys; a part of a cache."""
+    q, k, v, _ = make_inputs(2, 9, 30, 4, groups, dtype=dtype)
+    q, k, v = (t.detach() for t in (q, k, v))
+    k = torch.cat((k, k), 1)[:, :30]
+    settings = blocks(2, 9, groups, 30, size)
+    mask = torch.rand(2, 30) < 0.7 if masked else None
+    _, lse = sparse_attention(q, k, v, **settings, window=3, token_mask=mask, return_lse=True, impl="reference")
+    settings |= {"token_mask": mask}
+    got = selected_mass(q, k, lse, **settings, impl="triton")
+    wanted = selected_mass(q.double(), k.double(), lse.double(), **settings, impl="torch")
+    assert got.dtype == torch.float32
+    assert wanted.count_nonzero() > 10
+    assert relative_error(got, wanted) < (1e-5 if dtype == torch.float32 else 1e-3)
+    torch.library.opcheck(
+        torch.ops.coterie.selected_mass_triton.default, (q, k, lse, settings["block_ids"], mask, size, 0.3)
+    )
+
+
+def test_mass_of_nothing():
+    q, k, _, _ = make_inputs(1, 3, heads=2, groups=1)
+    for length, selected in ((3, 0), (0, 2)):
+        ids = torch.zeros(1, length, 1, selected, dtype=torch.long)
+        lse = torch.zeros(1, length, 2)
+        assert selected_mass(q[:, :length], k, lse, ids, block_size=2, impl="triton").shape == ids.shape
 
 
 @pytest.mark.parametrize("shared", [1, 2, 3, 4, 20])

@@ -27,7 +27,11 @@ def run_sparse_attention(
     masked: bool = False,
     backward: bool = True,
 ) -> list[Tensor | None]:
-    """Forward and backward; sizes: B, L, Lk; heads: H, G; widths: P, V; some ids are of no block, or repeated."""
+    """Forward, what blocks got, and backward; some ids are of no block, or repeated.
+
+    Args:
+        sizes: B, L, Lk. heads: H, G. widths: P, V.
+    """
     (batch, length, num_keys), (heads, groups) = sizes, heads
     q, grad = (randn(batch, length, heads, width, dtype=dtype, seed=seed) for seed, width in enumerate(widths))
     k, v = (randn(batch, num_keys, groups, width, dtype=dtype, seed=2 + seed) for seed, width in enumerate(widths))
@@ -42,7 +46,10 @@ def run_sparse_attention(
     o, lse = sparse_attention.forward(*tensors, seen)
     if not backward:
         return [o, lse]
-    return [o, lse, *sparse_attention.backward(grad, grad_lse, *tensors, o, lse, seen)]
+    mass = None
+    if ids is not None and causal and ends is None:
+        mass = sparse_attention.selected_mass(q, k, lse, ids, mask, block_size, seen.scale)
+    return [o, lse, mass, *sparse_attention.backward(grad, grad_lse, *tensors, o, lse, seen)]
 
 
 def small_sparse_attention() -> Iterator[Example]:

@@ -76,6 +76,24 @@ def _backward_op(
     return *grads, q.new_empty(0) if grad_sinks is None else grad_sinks
 
 
+@torch.library.custom_op("coterie::selected_mass_triton", mutates_args=())
+def selected_mass(
+    q: Tensor, k: Tensor, lse: Tensor, block_ids: Tensor, token_mask: Tensor | None, block_size: int, scale: float
+) -> Tensor:
+    """[B, L, G, S]; see `coterie.ops.selected_mass`."""
+    from coterie_kernels import sparse_attention as kernels
+
+    q, k, _, ids = _as_kernels_take(q, k, k, block_ids)
+    if ids is None:
+        return lse.new_empty(block_ids.shape)
+    return kernels.selected_mass(q, k, lse.contiguous(), ids, token_mask, block_size, scale)
+
+
+@selected_mass.register_fake
+def _(q, k, lse, block_ids, *settings):
+    return lse.new_empty(block_ids.shape)
+
+
 def _as_kernels_take(q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor | None) -> tuple[Tensor | None, ...]:
     """k and v, a part of a cache as they may be, are copied only if their channels are apart."""
     k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (k, v))

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coterie.ops import _sparse_attention_tiles as tiles
-from coterie.ops._arguments import check_tensor
+from coterie.ops import _sparse_attention_triton
+from coterie.ops._arguments import check_tensor, choose_impl
 from coterie.ops._autocast import no_autocast
 
 
@@ -153,11 +154,11 @@ def selected_mass(
     block_size: int,
     scale: float | None = None,
     token_mask: Tensor | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """How much of its attention a query gives to each block: Σ exp(scale · q · k − log Z) over its keys and a group.
 
-    Work grows with what is selected. Not differentiable. There is no kernel of it: on a GPU it waits for the host, in
-    training with an indexer alone.
+    Work grows with what is selected. Not differentiable.
 
     Args:
         q: [B, L, H, P]; the last query stands at the last key.
@@ -167,13 +168,16 @@ def selected_mass(
         block_size: Q.
         scale: None: P^-0.5.
         token_mask: [B, Lk] bool; False is padding.
+        impl: "torch" | "triton", as `sparse_attention`'s; None: triton on a GPU, else torch.
 
     Returns:
         [B, L, G, S] float32 (float64 for float64).
     """
+    impl = choose_impl(impl, q, ("torch", "triton"))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    op = _sparse_attention_triton.selected_mass if impl == "triton" else _mass_op
     with torch.no_grad():
-        return _mass_op(q, k, lse, block_ids, token_mask, min(block_size, max(k.shape[1], 1)), scale)
+        return op(q, k, lse, block_ids, token_mask, min(block_size, max(k.shape[1], 1)), scale)
 
 
 @torch.library.custom_op("coterie::selected_mass", mutates_args=())
