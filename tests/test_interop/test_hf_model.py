@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 import coterie  # noqa: E402
 from _check import relative_error  # noqa: E402
 from coterie.interop import CoterieConfig, CoterieForCausalLM, register_hf  # noqa: E402
+from coterie.ops import indexer_loss  # noqa: E402
 from coterie.report import model_card  # noqa: E402
 from coterie.training import Batches, load_corpus  # noqa: E402
 
@@ -213,6 +214,22 @@ def test_the_routers_loss_is_in_the_training_loss_and_not_of_padding():
     assert torch.equal(model(other, attention_mask=mask, labels=labels).aux_loss, wanted)
     trained.loss.backward()
     assert model.model.layers[1].feed_forward.router.weight.grad.abs().sum() > 0
+
+
+def test_what_an_indexer_learns_from_is_in_the_training_loss_and_not_of_padding():
+    plain, model = make_pair(HYBRIDS["indexer"])
+    mask = left_padding(15, 11)
+    ids = make_ids(2, 15)
+    labels = ids.masked_fill(mask == 0, -100)
+    selections = plain(ids, token_mask=mask.bool()).selections
+    wanted = sum(indexer_loss(selection, mask.bool()) for selection in selections)
+    assert len(selections) == 3
+    assert wanted > 0
+    trained = model(ids, attention_mask=mask, labels=labels)
+    evaluated = model.eval()(ids, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(trained.loss, evaluated.loss + wanted)
+    trained.loss.backward()
+    assert model.model.layers[0].mixer.indexer.q_proj.weight.grad.abs().sum() > 0
 
 
 def test_logits_to_keep():

@@ -31,7 +31,7 @@ from coterie.models.transformer import Transformer, TransformerLayer
 from coterie.modules.experts import Experts
 from coterie.modules.router import TopKRouter
 from coterie.modules.sparse_attention import SparseAttention
-from coterie.ops import balance_loss
+from coterie.ops import balance_loss, indexer_loss
 from coterie.report.model_card import CARD_FILE, write_model_card
 
 MODEL_TYPE = "coterie"
@@ -177,10 +177,10 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states: return what every layer is given, and the last norm's output.
             logits_to_keep: only the last so many positions' logits, or those at these indices; 0: all.
             num_items_in_batch: labels that are predicted in all micro-batches together: the loss is this one's part
-                of their mean, and so is the router's loss. None: the mean of these.
+                of their mean, and so is the router's loss and an indexer's. None: the mean of these.
 
         Returns:
-            loss: of the labels; in training plus config.router_aux_loss_coef · aux_loss.
+            loss: of the labels; in training plus config.router_aux_loss_coef · aux_loss, and what indexers learn from.
             aux_loss: `coterie.balance_loss` of this batch, where the coefficient is not 0.
 
         Raises:
@@ -227,11 +227,15 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
-            if aux_loss is not None and self.training:
+            if self.training:
                 share = 1.0
                 if num_items_in_batch is not None:
                     share = (labels[:, 1:] != -100).sum() / num_items_in_batch
-                loss = loss + self.config.router_aux_loss_coef * share * aux_loss
+                if aux_loss is not None:
+                    loss = loss + self.config.router_aux_loss_coef * share * aux_loss
+                for selection in output.selections:
+                    if selection.scores is not None:
+                        loss = loss + share * indexer_loss(selection, token_mask)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
