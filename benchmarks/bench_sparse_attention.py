@@ -30,6 +30,7 @@ BLOCK = 64
 FORWARD, BOTH, DECODE = "fwd", "fwd+bwd", "decode"
 OURS, WINDOW, SDPA = "coterie, window and blocks", "coterie, window alone", "SDPA, full attention"
 FLEX = "flex_attention, window and blocks"
+PLAIN = "SDPA, enable_gqa"  # a step of decoding as one writes it: keys are read for every head of queries
 
 # What the library means to reach, times as fast as full attention: forward and backward, by length; a step of decoding.
 BOTH_BARS = {8192: 1.0, 16384: 4.0, 65536: 12.0}
@@ -114,6 +115,7 @@ def make_case(kind: str, length: int, dtype: str, options: Options) -> Case:
         for name, run, wide in (
             *((name, run, partial(run, impl="reference")) for name, run in ours.items()),
             (SDPA, _full, _full),
+            *([(PLAIN, _plain, _plain)] if kind == DECODE else []),
         )
     ]
     make = partial(make_inputs, length=1 if kind == DECODE else length, keys=length, dtype=getattr(torch, dtype))
@@ -175,6 +177,11 @@ def _full(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return (o if causal else o.flatten(1, 2).unsqueeze(2)).transpose(1, 2)
 
 
+def _plain(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+
+
 def _flex(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, *, flex: Callable, window: int) -> Tensor:
     """The same window and blocks, by a mask that says so."""
     (_, length, heads, _), groups = q.shape, k.shape[2]
@@ -216,7 +223,7 @@ def draw(results: Sequence[Result], facts: Mapping) -> "Figure":
         title="Sparse attention beside full attention",
         machine=facts,
         kinds={FORWARD: FORWARD, BOTH: BOTH, DECODE: "a step of decoding"},
-        names=(OURS, SDPA, WINDOW, FLEX),
+        names=(OURS, SDPA, WINDOW, FLEX, PLAIN),
         steps=(DECODE,),
     )
 

@@ -269,6 +269,31 @@ def test_padding_while_decoding(name, length, causal):
         assert relative_error(got, wanted) < 1e-6
 
 
+LAYOUTS = {
+    "as they come": lambda t: t,
+    "part of a cache": lambda t: torch.cat((t, t), 1).transpose(1, 2).contiguous()[:, :, : t.shape[1]].transpose(1, 2),
+    "behind others": lambda t: torch.cat((t, t), 2)[:, :, t.shape[2] :],
+    "channels apart": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "wider": lambda t: torch.nn.functional.pad(t, (1, 2))[..., 1:-2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("return_lse", [False, True])
+@torch.no_grad()
+def test_decoding_gathers_keys_however_they_lie(layout, masked, return_lse):
+    """Without gradients, in every layout; the last block is not whole."""
+    q, k, v, sink_logits = make_inputs(3, 2, 38)
+    mask = torch.rand(3, 38, generator=torch.Generator().manual_seed(3)) < 0.7 if masked else None
+    settings = {"token_mask": mask, "block_ids": make_ids(3, 2, 2, 4, 10), "block_size": 4, "return_lse": return_lse}
+    for more in ({}, {"window": 3}, {"window": 5, "sinks": 2, "sink_logits": sink_logits}):
+        wanted = sparse_attention(q, k, v, **settings, **more, impl="reference")
+        got = sparse_attention(q, *(LAYOUTS[layout](t) for t in (k, v)), **settings, **more, impl="torch")
+        for one, other in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (got, wanted)), strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_merged_parts_are_the_whole():
     """Near and far, each on its own, the way NSA's branches or a cache in pieces are joined."""
     q, k, v, sink_logits = make_inputs()

@@ -6,7 +6,7 @@ StreamingLLM attention (arXiv:2309.17453), MoBA (arXiv:2502.13189), NSA (arXiv:2
 selects.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -93,7 +93,7 @@ def sparse_attention(
         if cu_seqlens is None and (impl == "reference" or k.shape[1] <= _FEW_KEYS):
             o, lse = _dense(q, k, v, block_ids, sink_logits, seen, token_mask)
         elif 0 < length <= _FEW_QUERIES and k.shape[1] and cu_seqlens is None:
-            o, lse = _few(q, k, v, block_ids, sink_logits, seen, token_mask)
+            o, lse = _few(q, k, v, block_ids, sink_logits, seen, token_mask, return_lse)
         else:
             attend = _dense if impl == "reference" else tiles.attend
             o, lse = _many(attend, q, k, v, block_ids, sink_logits, seen, cu_seqlens, token_mask)
@@ -221,27 +221,43 @@ def _dense(
         visible = visible & token_mask[:, None, None, :]
         if seen.causal:
             visible = visible & token_mask[:, None, num_keys - length :, None]
-    scores = scores.masked_fill(~visible.unsqueeze(2), -torch.inf)
-    o, lse = _weighted([scores], [v.to(dtype).transpose(1, 2)], sink_logits)
-    o, lse = (t.flatten(1, 2).transpose(1, 2) for t in (o, lse))
+    scores = scores.masked_fill(~visible.unsqueeze(2), -torch.inf).flatten(2, 3).flatten(0, 1)
+    values = v.to(dtype).transpose(1, 2).flatten(0, 1)
+    o, lse = _weighted([scores], [values], _sinks(sink_logits, batch, groups, length, dtype))
+    o, lse = (t.view(batch, q.shape[2], length, *t.shape[2:]).transpose(1, 2) for t in (o, lse))
     if token_mask is not None and seen.causal:
         o, lse = _without_padding(o, lse, token_mask[:, num_keys - length :])
     return o.to(v.dtype), lse
 
 
-def _weighted(scores: list[Tensor], values: list[Tensor], sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-    """scores [B, G, R, L, n] and values [B, G, n, V] of every part of the keys → o [B, G, R, L, V], log Z."""
+def _weighted(
+    scores: list[Tensor], values: list[Tensor], sink: Tensor | None, with_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """scores [U, rows, n] and values [U, n, V] of every part of the keys, sink [U, rows] → o [U, rows, V], log Z.
+
+    Without log Z every row must see something.
+    """
     sizes = [part.shape[-1] for part in scores]
-    if sink_logits is not None:
-        batch, groups, _, length, _ = scores[0].shape
-        sink = sink_logits.to(scores[0].dtype).view(1, groups, -1, 1, 1)
-        scores = [*scores, sink.expand(batch, -1, -1, length, 1)]
+    if sink is not None:
+        scores = [*scores, sink.unsqueeze(-1)]
         sizes.append(1)
-    scores = torch.cat(scores, -1)
-    lse = scores.logsumexp(-1, keepdim=True)
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)).exp().split(sizes, -1)
-    o = sum((part.flatten(2, 3) @ rows for part, rows in zip(weights, values, strict=False)))
-    return o.unflatten(2, scores.shape[2:4]), lse.squeeze(-1)
+    scores, lse = torch.cat(scores, -1), None
+    if with_lse:
+        lse = scores.logsumexp(-1, keepdim=True)
+        weights = (scores - lse.masked_fill(lse == -torch.inf, 0)).exp()
+        lse = lse.squeeze(-1)
+    else:
+        weights = scores.softmax(-1)
+    first, *others = (part @ rows for part, rows in zip(weights.split(sizes, -1), values, strict=False))
+    return sum(others, start=first), lse
+
+
+def _sinks(sink_logits: Tensor | None, batch: int, groups: int, length: int, dtype: torch.dtype) -> Tensor | None:
+    """[H] → [B · G, R · L]."""
+    if sink_logits is None:
+        return None
+    sinks = sink_logits.to(dtype).view(1, groups, -1, 1)
+    return sinks.expand(batch, -1, -1, length).reshape(batch * groups, -1)
 
 
 def _without_padding(o: Tensor, lse: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,30 +273,31 @@ def _few(
     sink_logits: Tensor | None,
     seen: tiles.Seen,
     token_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Query by query over the keys that it sees, which are gathered: decoding."""
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Query by query over the keys that it sees, which are gathered: decoding. log Z if it is wanted, or needed."""
     length, num_keys = q.shape[1], k.shape[1]
+    slots = is_token = None
     if token_mask is None:
         stops = [num_keys - length + i + 1 if seen.causal else num_keys for i in range(length)]
-        outputs = [
-            _one(q[:, i], k, v, None if block_ids is None else block_ids[:, i], sink_logits, seen, stop)
-            for i, stop in enumerate(stops)
-        ]
     elif block_ids is None:  # what a window sees is what its cache holds, more or less
         return _dense(q, k, v, None, sink_logits, seen, token_mask)
     else:
         position = token_mask.cumsum(1) - 1
+        stops = [(position[:, num_keys - length + i] if seen.causal else position[:, -1]) + 1 for i in range(length)]
         is_token = token_mask[:, num_keys - length :] if seen.causal else token_mask.any(1, keepdim=True)
         q = q.masked_fill(~is_token[..., None, None], 0)
         places = torch.where(token_mask, position, num_keys)
         slots = torch.arange(num_keys, device=q.device).expand_as(places)
         slots = torch.zeros_like(places[:, :1]).expand(-1, num_keys + 1).scatter(1, places, slots)[:, :num_keys]
-        outputs = []
-        for i in range(length):
-            stop = (position[:, num_keys - length + i] if seen.causal else position[:, -1]) + 1
-            outputs.append(_one(q[:, i], k, v, block_ids[:, i], sink_logits, seen, stop, slots))
-    o, lse = (torch.stack(each, 1) for each in zip(*outputs, strict=True))
-    if token_mask is not None and seen.causal:
+    with_lse = with_lse or token_mask is not None or seen.window == 0  # where nothing may be seen
+    outputs = [
+        _one(q[:, i], k, v, None if block_ids is None else block_ids[:, i], sink_logits, seen, stop, slots, with_lse)
+        for i, stop in enumerate(stops)
+    ]
+    join = partial(torch.stack, dim=1) if length > 1 else lambda each: each[0].unsqueeze(1)
+    o, lse = (None if each[0] is None else join(each) for each in zip(*outputs, strict=True))
+    if is_token is not None and seen.causal:
         o, lse = _without_padding(o, lse, is_token)
     return o.to(v.dtype), lse
 
@@ -293,67 +310,84 @@ def _one(
     sink_logits: Tensor | None,
     seen: tiles.Seen,
     stop: int | Tensor,
-    slots: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    slots: Tensor | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """One query [B, H, P] over keys before the position `stop` (or [B] of them, with the `slots` [B, Lk] of positions):
     o [B, H, V] and log Z [B, H]."""
-    dtype, groups, size = _wide(q), k.shape[2], seen.block_size
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if slots is None:
-        first = max(stop - seen.window, 0)  # of the window
-        parts = [(lambda t: t[:, :, first:stop], None)]
-        if seen.sinks and first:
-            parts.append((lambda t: t[:, :, : min(seen.sinks, first)], None))
-    else:
-        stop, first = stop.view(-1, 1, 1), (stop - seen.window).clamp(min=0).view(-1, 1, 1)
-        window, sinks = (torch.arange(min(n, k.shape[2]), device=q.device) for n in (seen.window, seen.sinks))
-        near, sinks = first + window, sinks.expand_as(first + sinks)
-        parts = [(partial(_rows, keys=near, slots=slots), near >= stop)]
-        parts.append((partial(_rows, keys=sinks, slots=slots), sinks >= first))
-    if block_ids is not None:
-        starts, keys, hidden = _selected_keys(block_ids, seen, first, k.shape[2])
-        if slots is None:  # a block at a time
-            row, group = (torch.arange(n, device=q.device) for n in k.shape[:2])
-            where = row.view(-1, 1, 1), group.view(-1, 1), starts
-            parts.append((lambda t: t.unfold(2, size, 1).mT[where].flatten(2, 3), hidden))
-        else:
-            parts.append((partial(_rows, keys=keys, slots=slots), hidden))
-    query = q.to(dtype).unflatten(1, (groups, -1)) * seen.scale
+    dtype, batch, groups = _wide(q), k.shape[0], k.shape[2]
     scores, values = [], []
-    for take, hidden in parts:
-        rows, own = (take(t).to(dtype) for t in (k, v))
+    query = (q.to(dtype) * seen.scale).view(batch * groups, -1, q.shape[2])
+
+    def see(keys: Tensor | slice, hidden: Tensor | None) -> None:
+        rows, own = (t.flatten(0, 1).to(dtype) for t in _rows((k, v), keys, slots))
+        if hidden is not None:
+            hidden = hidden.expand(batch, groups, -1).flatten(0, 1)
         if slots is not None:  # a place without a token may contain anything
             rows, own = (t.masked_fill(hidden.unsqueeze(-1), 0) for t in (rows, own))
-        part = query @ rows.mT
+        part = torch.bmm(query, rows.mT)
         if seen.softcap is not None:
             part = seen.softcap * (part / seen.softcap).tanh()
-        scores.append((part if hidden is None else part.masked_fill(hidden.unsqueeze(2), -torch.inf)).unsqueeze(3))
+        scores.append(part if hidden is None else part.masked_fill_(hidden.unsqueeze(1), -torch.inf))
         values.append(own)
-    o, lse = _weighted(scores, values, sink_logits)
-    return o.flatten(1, 3), lse.flatten(1)
+
+    if slots is None:
+        first = max(stop - seen.window, 0)  # of the window
+        see(slice(first, stop), None)
+        if seen.sinks and first:
+            see(slice(min(seen.sinks, first)), None)
+    else:
+        stop, first = stop.view(-1, 1, 1), (stop - seen.window).clamp(min=0).view(-1, 1, 1)
+        window, sinks = (torch.arange(min(n, k.shape[1]), device=q.device) for n in (seen.window, seen.sinks))
+        window, sinks = first + window, sinks.expand_as(first + sinks)
+        see(window, window >= stop)
+        see(sinks, sinks >= first)
+    if block_ids is not None:
+        see(*_selected_keys(block_ids, seen, first, k.shape[1]))
+    o, lse = _weighted(scores, values, _sinks(sink_logits, batch, groups, 1, dtype), with_lse)
+    return o.view(batch, -1, o.shape[2]), lse if lse is None else lse.view(batch, -1)
 
 
-def _selected_keys(
-    block_ids: Tensor, seen: tiles.Seen, end: int | Tensor, num_keys: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of blocks [B, G, S]: where each begins, moved back for it to end with the keys, and both [B, G, S · block size]
-    its keys from there on, and which of these are not of it, not before `end`, sinks, or seen already."""
+def _selected_keys(block_ids: Tensor, seen: tiles.Seen, end: int | Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """Of blocks [B, G, S], both [B, G, S · block size]: keys, a block that would end behind the last moved back, and
+    which of these are not of it, not before `end`, sinks, or seen already."""
     size = seen.block_size
-    ids = block_ids.clamp(-1, -(-num_keys // size)).sort(-1).values
-    begin = ids * size
-    starts = begin.clamp(0, num_keys - size)
-    keys = starts.unsqueeze(-1) + torch.arange(size, device=ids.device)
-    none = F.pad(ids[..., 1:] == ids[..., :-1], (1, 0)) | (ids < 0)
-    hidden = (keys < begin.clamp(min=seen.sinks).unsqueeze(-1)) | none.unsqueeze(-1)
-    keys, hidden = keys.flatten(2), hidden.flatten(2)
-    return starts, keys, hidden | (keys >= end)
+    ids = F.pad(block_ids.clamp(-1, -(-num_keys // size)).sort(-1).values, (1, 0), value=-1)
+    repeated = ids[..., 1:] == ids[..., :-1]  # or −1, as is before the first
+    begin = (ids[..., 1:] * size).masked_fill(repeated, num_keys)
+    keys = begin.clamp(max=num_keys - size).unsqueeze(-1) + torch.arange(size, device=ids.device)
+    hidden = keys >= (end.unsqueeze(-1) if isinstance(end, Tensor) else end)
+    if seen.sinks or isinstance(end, Tensor) or end > num_keys - size:  # else what was moved is not before `end`
+        hidden = hidden | (keys < begin.clamp(min=seen.sinks).unsqueeze(-1))
+    return keys.flatten(2), hidden.flatten(2)
 
 
-def _rows(t: Tensor, keys: Tensor, slots: Tensor) -> Tensor:
-    """[B, G, Lk, P] → the keys at those positions [B, G or 1, n], which are in these slots [B, Lk]: [B, G, n, P]."""
-    row, group = (torch.arange(n, device=t.device) for n in t.shape[:2])
-    row = row.view(-1, 1, 1)
-    return t[row, group.view(-1, 1), slots[row, keys.clamp(max=slots.shape[1] - 1)]]
+def _rows(tensors: Sequence[Tensor], keys: Tensor | slice, slots: Tensor | None) -> list[Tensor]:
+    """Of each [B, Lk, G, P] the keys at positions [B, G or 1, n], which are in these slots [B, Lk]: [B, G, n, P]."""
+    if isinstance(keys, slice):
+        return [t[:, keys].transpose(1, 2) for t in tensors]
+    batch, _, groups, _ = tensors[0].shape
+    row = torch.arange(batch, device=keys.device).view(-1, 1, 1) if batch > 1 else 0
+    group = torch.arange(groups, device=keys.device).view(-1, 1)
+    if slots is not None:
+        keys = slots[row, keys.clamp(max=slots.shape[1] - 1)]
+    found, places = [], {}
+    for t in tensors:
+        width, (*strides, within) = t.shape[3], t.stride()
+        apart = within != 1 or any(stride % width for stride in strides) or not t.numel()
+        if apart or (torch.is_grad_enabled() and t.requires_grad):
+            found.append(t[row, keys, group])
+            continue
+        # Rows of a table, in whatever order they lie: nothing copies them faster.
+        strides = tuple(stride // width for stride in strides)
+        if strides not in places:
+            place = (keys if strides[1] == 1 else keys * strides[1]) + group * strides[2]
+            places[strides] = place if batch == 1 else place + row * strides[0]
+        place = places[strides]
+        count = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, strides, strict=False))
+        table = t.as_strided((count, width), (width, 1))
+        found.append(table.index_select(0, place.flatten()).view(*place.shape, width))
+    return found
 
 
 def _check(q, k, v, window, sinks, block_ids, block_size, sink_logits, causal, softcap, cu_seqlens, token_mask) -> None:
