@@ -219,7 +219,7 @@ def curves(
     panels = figure.subplots(len(dtypes), len(kinds), squeeze=False)
     for axes, (dtype, kind) in zip(panels.flat, [(d, k) for d in dtypes for k in kinds], strict=True):
         here = [r for r in results if (r.labels["dtype"], r.labels["kind"]) == (dtype, kind)]
-        for name, colour in zip(names, COLOURS[::2] + COLOURS[3:4], strict=False):
+        for name, colour in zip(names, COLOURS[::2] + COLOURS[3::2], strict=False):
             medians = {r.labels["L"]: statistics.median(r.rows[name].seconds) for r in here if _was_timed(r, name)}
             if medians:
                 times = [1e6 * seconds / (1 if kind in steps else length) for length, seconds in medians.items()]
