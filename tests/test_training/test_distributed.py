@@ -48,10 +48,11 @@ def _rank(rank, scorer, folder):
     try:
         ids = torch.randint(64, (4, 40), generator=torch.Generator().manual_seed(1))
         model, whole = _model(scorer), _model(scorer)
-        _loss(torch.nn.parallel.DistributedDataParallel(model), ids[2 * rank : 2 * rank + 2]).backward()
+        parallel = torch.nn.parallel.DistributedDataParallel(model)  # is needed until backward is through
+        _loss(parallel, ids[2 * rank : 2 * rank + 2]).backward()
         _loss(whole, ids).backward()
-        for got, wanted in zip(model.parameters(), whole.parameters(), strict=True):
-            assert relative_error(got.grad, wanted.grad) < 1e-6  # routers compute in float32
+        for (name, got), wanted in zip(model.named_parameters(), whole.parameters(), strict=True):
+            assert relative_error(got.grad, wanted.grad) < 1e-6, name  # routers compute in float32
     finally:
         dist.destroy_process_group()
 
