@@ -115,6 +115,18 @@ DELTA_RULE_TILES = {
 }
 
 
+def delta_rule_class(kernels: Mapping[str, dict], dtype: torch.dtype, key_width: int) -> int:
+    """Up to which P the class of such keys goes, in a target's table.
+
+    Raises:
+        ValueError: keys are wider than any class.
+    """
+    classes = kernels[("float32 " if dtype == torch.float32 else "") + "delta_chunk"]
+    if key_width > max(classes):
+        raise ValueError(f"keys may have {max(classes)} channels at most, got {key_width}")
+    return min(up_to for up_to in classes if up_to >= key_width)
+
+
 def delta_rule_tiles(kernels: dict[str, dict], dtype: torch.dtype, key_width: int, value_width: int) -> DeltaTiles:
     """From a target's table.
 
@@ -122,10 +134,7 @@ def delta_rule_tiles(kernels: dict[str, dict], dtype: torch.dtype, key_width: in
         ValueError: keys are wider than any class.
     """
     prefix = "float32 " if dtype == torch.float32 else ""
-    classes = [up_to for up_to in kernels[prefix + "delta_chunk"] if up_to >= key_width]
-    if not classes:
-        raise ValueError(f"keys may have {max(kernels[prefix + 'delta_chunk'])} channels at most, got {key_width}")
-    width = min(classes)
+    width = delta_rule_class(kernels, dtype, key_width)
     sizes = {kernel: kernels[f"{prefix}delta_{kernel}"][width] for kernel in _KERNELS}
     (chunk,) = sizes.pop("chunk")
     settings = {kernel: {"CHUNK": chunk} | _settings(kernel, of_kernel) for kernel, of_kernel in sizes.items()}

@@ -7,7 +7,7 @@
 | attention_key_gradients | same | keys, rows, warps, stages |
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -63,6 +63,17 @@ SPARSE_ATTENTION_TILES = {
 }
 
 
+def attention_class(classes: Iterable[int], width: int) -> int:
+    """Up to which width the class of such keys and values goes, of those of a kernel.
+
+    Raises:
+        ValueError: they are wider than any class.
+    """
+    if width > max(classes):
+        raise ValueError(f"keys and values may have {max(classes)} channels at most, got {width}")
+    return min(up_to for up_to in classes if up_to >= width)
+
+
 def attention_tile(
     kernels: Mapping[str, dict], kernel: str, dtype: torch.dtype, key_width: int, value_width: int
 ) -> dict[str, int | bool]:
@@ -72,10 +83,7 @@ def attention_tile(
         ValueError: keys or values are wider than any class.
     """
     classes = kernels[("float32 " if dtype == torch.float32 else "") + f"attention_{kernel}"]
-    width = max(key_width, value_width)
-    if width > max(classes):
-        raise ValueError(f"keys and values may have {max(classes)} channels at most, got {width}")
-    *sizes, warps, stages = classes[min(up_to for up_to in classes if up_to >= width)]
+    *sizes, warps, stages = classes[attention_class(classes, max(key_width, value_width))]
     # enable_fp_fusion: as Triton from 3.10 on no longer has it by itself.
     settings = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return dict(zip(_NAMES[kernel], sizes, strict=True)) | settings

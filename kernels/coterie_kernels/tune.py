@@ -1,7 +1,11 @@
-"""Measures tiles on the GPU at hand, and keeps the fastest of each class of shapes that a layer meets."""
+"""Measures tiles on the GPU at hand, and keeps the fastest of each class of shapes that a model's layers meet.
 
+What kinds of layers there are, files beside this one say: `tune_experts`, `tune_delta_rule`, `tune_attention`.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 
@@ -10,24 +14,50 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from coterie_kernels import expert_mlp
 from coterie_kernels.target import target_of
-from coterie_kernels.tiles import TILES, Table, column_class, mlp_class
+from coterie_kernels.tiles import TILES, Table
 
 # Relative error past which a candidate's result is another one; sums in another order err by far less.
 _SAME = 2e-2
 
+Key = int | tuple[int, int]
+Sizes = tuple[int, ...]
+
 
 @dataclass(frozen=True)
-class Layer:
-    """What the tiles are for; how many tokens it will see is not asked: tiles are chosen by rows per expert."""
+class Task:
+    """One class of a kernel, and what has to run to launch it.
 
-    dim: int
-    hidden_dim: int
-    num_experts: int
-    top_k: int
-    dtype: torch.dtype = torch.bfloat16
-    activation: expert_mlp.Activation = expert_mlp.Activation("silu", True)  # noqa: RUF009 (frozen)
+    Attributes:
+        kernel, key: of the table.
+        kind: "forward", "backward", or another one of the layer's.
+        rows_per_expert: of the load; 0 where there are no experts.
+    """
+
+    kernel: str
+    key: Key
+    kind: str
+    rows_per_expert: int = 0
+
+
+class Layer(ABC):
+    """What tiles are for. Equal layers are equal: of a model's many each has to be measured once."""
+
+    @abstractmethod
+    def tasks(self, target: str) -> Iterable[Task]:
+        """Every class that the layer can meet; what others are measured with comes before them.
+
+        Raises:
+            ValueError: it is wider than any class.
+        """
+
+    @abstractmethod
+    def runner(self, task: Task, device: torch.device) -> Callable[[], list[Tensor | None]]:
+        """A function that launches what the task says, on random numbers, and returns all that was computed."""
+
+    def candidates(self, kernel: str, sizes: Sizes) -> Iterable[Sizes]:
+        """Other sizes than those of the table that are worth a try, and right."""
+        return neighbours(sizes)
 
 
 @dataclass(frozen=True)
@@ -35,9 +65,9 @@ class Choice:
     """The fastest sizes of one class, beside the table's own; seconds of the launches that the kernel is part of."""
 
     kernel: str
-    key: int | tuple[int, int]
-    before: tuple[int, ...]
-    after: tuple[int, ...]
+    key: Key
+    before: Sizes
+    after: Sizes
     seconds_before: float
     seconds_after: float
 
@@ -47,13 +77,16 @@ class Choice:
 
 
 def tune(
-    layer: Layer,
+    layers: Iterable[Layer],
     device: torch.device,
     *,
     measure: Callable[[Callable[[], object]], float] | None = None,
     progress: Callable[[Iterable], Iterable] = lambda tasks: tasks,
 ) -> tuple[Table, list[Choice]]:
-    """Measures every class that `layer` can meet, one after the other; takes minutes.
+    """Measures every class that `layers` can meet, one after the other; takes minutes.
+
+    A class that several of them meet is measured with the first. What was chosen holds for those measured after it, and
+    no longer.
 
     Args:
         measure: seconds of a function; the median of `triton.testing.do_bench` if None.
@@ -61,38 +94,54 @@ def tune(
 
     Returns:
         The table of what was chosen, for `use_tiles` and `write_tiles`, and how it compares.
+
+    Raises:
+        ValueError: a layer is wider than any class.
     """
     measure = measure or (lambda run: triton.testing.do_bench(run, quantiles=[0.5]) / 1e3)
     target = target_of(torch.empty(0, device=device))
-    choices = [_choose(target, *task, layer, device, measure) for task in progress(list(_tasks(target, layer)))]
-    table: Table = {target: {}}
-    for choice in choices:
-        table[target].setdefault(choice.kernel, {})[choice.key] = choice.after
+    tasks: dict[tuple[str, Key], tuple[Layer, Task]] = {}
+    for layer in layers:
+        for task in layer.tasks(target):
+            tasks.setdefault((task.kernel, task.key), (layer, task))
+    choices, table = [], {target: {}}
+    with ExitStack() as chosen:
+        for layer, task in progress(list(tasks.values())):
+            choice = _choose(target, layer, task, device, measure)
+            choices.append(choice)
+            table[target].setdefault(choice.kernel, {})[choice.key] = choice.after
+            chosen.enter_context(_entry(target, choice.kernel, choice.key, choice.after))
     return table, choices
 
 
-def _tasks(target: str, layer: Layer) -> Iterator[tuple[str, int | tuple[int, int], str, int]]:
-    """(kernel, class, what runs it, rows per expert)."""
-    for kind in ("forward", "backward", "recompute"):
-        kernel, width = mlp_class(target, layer.dtype, layer.hidden_dim, kind)
-        for key in TILES[target][kernel]:
-            if width is None or key[0] == width:
-                yield kernel, key, kind, 4 * (key if width is None else key[1])
-    prefix = "float32 " if layer.dtype == torch.float32 else ""
-    if mlp_class(target, layer.dtype, layer.hidden_dim, "forward")[1] is None:
-        for rows in TILES[target][f"{prefix}multiply_rows"]:
-            yield f"{prefix}multiply_rows", rows, "forward", 4 * rows
-    key = column_class(target, layer.dtype, min(layer.dim, layer.hidden_dim))
-    yield f"{prefix}multiply_columns", key, "backward", 256
+def neighbours(sizes: Sizes) -> Iterator[Sizes]:
+    """Other sizes: at most one of the tile's numbers halved or doubled, with 4 or 8 warps and 1 to 4 stages.
+
+    Tiles of fewer than 4 warps are small: with 1, 2 or 4.
+    """
+    *numbers, own_warps, _ = sizes
+    tiles = {tuple(numbers)}
+    for i, number in enumerate(numbers):
+        tiles |= {(*numbers[:i], other, *numbers[i + 1 :]) for other in (max(16, number // 2), min(256, 2 * number))}
+    for tile, warps, stages in product(sorted(tiles), (4, 8) if own_warps >= 4 else (1, 2, 4), (1, 2, 3, 4)):
+        if (*tile, warps, stages) != sizes:
+            yield (*tile, warps, stages)
 
 
-def _choose(target, kernel, key, kind, rows_per_expert, layer, device, measure) -> Choice:
-    run = _runner(layer, device, kind, rows_per_expert)
-    before = TILES[target][kernel][key]
+def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Normally distributed numbers, on the generator's device."""
+    return (torch.randn(*shape, device=generator.device, generator=generator) * scale).to(dtype)
+
+
+def _choose(
+    target: str, layer: Layer, task: Task, device: torch.device, measure: Callable[[Callable[[], object]], float]
+) -> Choice:
+    run = layer.runner(task, device)
+    before = TILES[target][task.kernel][task.key]
     truth = run()
     timed = {before: measure(run)}
-    for sizes in _neighbours(before):
-        with _entry(target, kernel, key, sizes):
+    for sizes in layer.candidates(task.kernel, before):
+        with _entry(target, task.kernel, task.key, sizes):
             try:
                 result = run()
                 if _is_same(result, truth):
@@ -100,22 +149,11 @@ def _choose(target, kernel, key, kind, rows_per_expert, layer, device, measure) 
             except TritonError:
                 continue  # too much shared memory, or no program at all: not for this GPU
     after = min(timed, key=timed.get)
-    return Choice(kernel, key, before, after, timed[before], timed[after])
-
-
-def _neighbours(sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Other sizes: at most one of the tile's numbers halved or doubled, with 4 or 8 warps and 1 to 4 stages."""
-    *numbers, _, _ = sizes
-    tiles = {tuple(numbers)}
-    for i, number in enumerate(numbers):
-        tiles |= {(*numbers[:i], other, *numbers[i + 1 :]) for other in (max(16, number // 2), min(256, 2 * number))}
-    for tile, warps, stages in product(sorted(tiles), (4, 8), (1, 2, 3, 4)):
-        if (*tile, warps, stages) != sizes:
-            yield (*tile, warps, stages)
+    return Choice(task.kernel, task.key, before, after, timed[before], timed[after])
 
 
 @contextmanager
-def _entry(target: str, kernel: str, key: int | tuple[int, int], sizes: tuple[int, ...]) -> Iterator[None]:
+def _entry(target: str, kernel: str, key: Key, sizes: Sizes) -> Iterator[None]:
     classes = TILES[target][kernel]
     before = classes[key]
     classes[key] = sizes
@@ -123,31 +161,6 @@ def _entry(target: str, kernel: str, key: int | tuple[int, int], sizes: tuple[in
         yield
     finally:
         classes[key] = before
-
-
-def _runner(layer: Layer, device: torch.device, kind: str, rows_per_expert: int) -> Callable[[], list[Tensor | None]]:
-    """A function that launches forward, or backward alone, of a balanced load."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def randn(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, device=device, generator=generator) * scale).to(layer.dtype)
-
-    experts, dim, hidden = layer.num_experts, layer.dim, layer.hidden_dim
-    tokens = max(1, rows_per_expert * experts // layer.top_k)
-    ids = torch.rand(tokens, experts, device=device, generator=generator).topk(layer.top_k).indices
-    weights = torch.rand(tokens, layer.top_k, device=device, generator=generator)
-    x, grad = randn(tokens, dim), randn(tokens, dim)
-    up = randn(experts, (2 if layer.activation.gated else 1) * hidden, dim, scale=dim**-0.5)
-    down = randn(experts, dim, hidden, scale=hidden**-0.5)
-
-    def forward() -> tuple[Tensor, ...]:
-        return expert_mlp.forward(x, ids, weights, up, down, None, None, None, layer.activation, kind != "recompute")
-
-    if kind == "forward":
-        return lambda: [forward()[0]]
-    kept = forward()[1:]
-    needs = [True] * 4 + [False] * 2
-    return lambda: list(expert_mlp.backward(grad, x, weights, up, down, None, None, *kept, layer.activation, needs))
 
 
 def _is_same(got: list[Tensor | None], truth: list[Tensor | None]) -> bool:

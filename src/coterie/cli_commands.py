@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from coterie.cli_options import TWINS, Export, Generate, Inspect, Train, Tune
 from coterie.models import PRESETS, Transformer, TransformerConfig, generate
 from coterie.models.pretrained import CONFIG_FILE, read_config
+from coterie.modules import Attention, LinearAttention, MoE, SparseAttention
 from coterie.ops.activations import parse_activation
 from coterie.report.cost import ModelCost, format_cost, model_cost
 from coterie.report.model_card import CARD_FILE, is_own_card, write_model_card
@@ -40,6 +41,9 @@ from coterie.training import (
 from coterie.training.compare import check_name
 from coterie.training.memory import keep_freed_memory
 from coterie.training.trainer import CHECKPOINT, RUN_FILES
+
+if TYPE_CHECKING:
+    from coterie_kernels.tune import Layer
 
 RUN_FILE = "run.json"
 REPORT_FILES = ("report.json", "report.png")
@@ -381,17 +385,16 @@ def run_tune(options: Tune) -> int:
     """Measures tile sizes on the GPU, shows what they gain, and writes the table."""
     if not torch.cuda.is_available():
         raise ValueError("tiles are measured on a GPU, and there is none here")
-    from coterie_kernels.expert_mlp import Activation
     from coterie_kernels.tiles import write_tiles
-    from coterie_kernels.tune import Layer, tune
+    from coterie_kernels.tune import tune
 
-    config = next((config for config in _configs(options.model).values() if "moe" in config.feed_forwards), None)
-    if config is None:
-        raise ValueError(f"{options.model} has no experts to tune for")
-    activation = Activation(**vars(parse_activation(config.activation)))
     dtype = getattr(torch, options.dtype or "bfloat16")
-    layer = Layer(config.dim, config.expert_hidden_dim, config.num_experts, config.top_k, dtype, activation)
-    table, choices = tune(layer, torch.device("cuda"), progress=partial(tqdm, unit="class", disable=None))
+    layers = [layer for config in _configs(options.model).values() for layer in _tuned_layers(config, dtype)]
+    if not layers:
+        raise ValueError(
+            f"{options.model} has nothing to tune: no experts, no linear_attention, no sparse_attention, no windows"
+        )
+    table, choices = tune(layers, torch.device("cuda"), progress=partial(tqdm, unit="class", disable=None))
     rows = [
         [choice.kernel, str(choice.key), str(choice.before), str(choice.after), f"{choice.gain:.2f}×"]
         for choice in choices
@@ -401,6 +404,37 @@ def run_tune(options: Tune) -> int:
     write_tiles(out, table)
     print(f"\n{out} is written: coterie_kernels.tiles.use_tiles({str(out)!r}) takes it")
     return 0
+
+
+def _tuned_layers(config: TransformerConfig, dtype: torch.dtype) -> "list[Layer]":
+    """What of a model runs by kernels with tiles, each once."""
+    from coterie_kernels.expert_mlp import Activation
+    from coterie_kernels.tune_attention import AttentionLayer
+    from coterie_kernels.tune_delta_rule import DeltaRuleLayer
+    from coterie_kernels.tune_experts import ExpertLayer
+
+    found: list[Layer] = []
+    for layer in Transformer(config, device="meta").layers:
+        mixer = layer.mixer
+        if isinstance(mixer, LinearAttention):
+            decay = "heads" if getattr(mixer.decay, "channels", None) is None else "channels"
+            widths = mixer.num_heads, mixer.num_key_heads, mixer.head_dim, mixer.value_dim
+            erases = mixer.beta_proj is not None
+            found.append(DeltaRuleLayer(*widths, "none" if mixer.decay is None else decay, erases, dtype))
+        elif isinstance(mixer, Attention):
+            heads = mixer.num_heads, mixer.num_kv_heads, mixer.head_dim, mixer.window
+            more: dict[str, Any] = {"sink_logits": mixer.sink_logits is not None, "dtype": dtype}
+            if isinstance(mixer, SparseAttention):
+                more["sinks"] = mixer.sinks
+                if mixer.scorer != "window":
+                    more |= {"block_size": mixer.block_size, "num_blocks": mixer.num_blocks}
+            if mixer.window is not None or more["sink_logits"]:  # else it is torch's
+                found.append(AttentionLayer(*heads, **more))
+        if isinstance(layer.feed_forward, MoE):
+            activation = Activation(**vars(parse_activation(config.activation)))
+            sizes = config.dim, config.expert_hidden_dim, config.num_experts, config.top_k
+            found.append(ExpertLayer(*sizes, dtype, activation))
+    return list(dict.fromkeys(found))
 
 
 # --- names and folders ---

@@ -155,7 +155,8 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Tune:
-    """Measure the Triton kernels' tile sizes for a model's experts on this GPU, and write the fastest to a file."""
+    """Measure the Triton kernels' tile sizes for a model's experts, linear, sparse and window attention on this GPU,
+    and write the fastest to a file."""
 
     model: Annotated[Positional[str], arg(metavar="PRESET|RUN", help_behavior_hint="")]
     """tiny, nano, mini, tiny-hybrid, mini-hybrid, tiny-long, mini-long or full-long, the path of a config.json, or the
