@@ -151,8 +151,9 @@ def track_variables(
 ) -> tuple[Tensor, Tensor]:
     """Chains of assignments, a = 7, b = a, c = b, .. among each other in a haystack of noise; then, what are some?
 
-    ids: values, names, fillers, the mark of an assignment, the question. Asked is for the last name of every chain, or
-    for any one, and at every assignment, too, what is assigned: the last 3 · chains - 1 positions are the question's.
+    ids: values, names, fillers, the mark of an assignment, the question. Asked is for any one name of every chain, and
+    at every assignment, too, what is assigned: the last 3 · chains - 1 positions are the questions'. Or for the `last`
+    names, of which the first alone counts: its answer tells what the others are not.
     """
     value = torch.rand(batch, values, generator=generator).argsort(1)[:, :chains, None]
     name = torch.rand(batch, names, generator=generator).argsort(1)[:, : chains * hops].view(batch, chains, hops)
@@ -167,6 +168,9 @@ def track_variables(
     hay, places = _hide(torch.stack(assignments, 2), hay, generator)
     hop = torch.full_like(value, hops - 1) if last else torch.randint(hops, value.shape, generator=generator)
     ids, targets = _ask(hay, torch.cat((mark[..., -1:] + 1, name.gather(2, hop), value), 2), values)
+    if last:
+        targets[:, 1 - 3 * (chains - 1) :] = IGNORED
+        return ids, targets
     return ids, targets.scatter(1, places[:, 2::3], assigned)
 
 
