@@ -11,7 +11,6 @@ nobody is told, as asserts are off.
 Triton 3.6 makes a range's bounds of arrays with one element, which numpy 2.4 no longer takes for numbers.
 """
 
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -28,8 +27,7 @@ def mend() -> None:
     interpreter.InterpreterBuilder.create_dot = _create_dot
     interpreter._patch_lang_tensor = _patch_tensor
     interpreter.InterpretedFunction.__call__ = _call_device_function
-    options = interpreter.interpreter_builder.options
-    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=options.debug)
+    interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = _check_overflow
 
 
 def _convert(data, source, target, rounding_mode):
@@ -48,8 +46,15 @@ def _patch_tensor(tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
+def _check_overflow(*operands):
+    semantic = interpreter.interpreter_semantic
+    if semantic.builder.options.debug:
+        type(semantic).binary_op_sanitize_overflow_impl(semantic, *operands)
+
+
 def _call_device_function(self, *args, **kwargs):
-    if any(tl.core.is_builtin(language.load) for language in _languages(self.fn)):
+    languages = _languages(self.fn)
+    if not languages or any(tl.core.is_builtin(language.load) for language in languages):
         interpreter._patch_lang(self.fn)
     try:
         return self.rewrite()(*args, **kwargs)

@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, TrainingArguments  # noqa: E402
+from transformers.cache_utils import DynamicSlidingWindowLayer  # noqa: E402
 
 import coterie  # noqa: E402
 from _check import relative_error  # noqa: E402
@@ -417,6 +418,23 @@ def test_blocks_are_kept_in_any_cache_that_grows():
         foreign.update(*torch.randn(2, 2, 2, 3, 8), layer)
     with pytest.raises(ValueError, match="past_key_values' layer 0 has keys and no blocks"):
         model(ids, past_key_values=foreign)
+    sliding = DynamicCache()
+    sliding.layers.append(DynamicSlidingWindowLayer(4))
+    with pytest.raises(ValueError, match="layer 0 must be a DynamicLayer, got DynamicSlidingWindowLayer"):
+        model(ids, past_key_values=sliding)
+    with pytest.raises(ValueError, match="guesses cannot be taken back"):
+        model.generate(ids[:1], prompt_lookup_num_tokens=3, max_new_tokens=4, do_sample=False)
+
+
+def test_blocks_of_inference_mode_are_of_use_outside():
+    _, model = make_pair(SPARSE)
+    ids, cache = make_ids(2, 9), DynamicCache()
+    with torch.inference_mode():
+        parts = [model(ids[:, :5], past_key_values=cache).logits]
+    with torch.no_grad():
+        parts += [model(part, past_key_values=cache).logits for part in ids[:, 5:].split(1, 1)]
+        wanted = model(ids, use_cache=False).logits
+    assert relative_error(torch.cat(parts, 1), wanted) < 1e-5
 
 
 # --- files ---

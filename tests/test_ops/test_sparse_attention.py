@@ -269,6 +269,43 @@ def test_padding_while_decoding(name, length, causal):
         assert relative_error(got, wanted) < 1e-6
 
 
+@torch.no_grad()
+def test_decoding_takes_queries_however_they_lie():
+    k, v, ids = torch.randn(2, 38, 2, 8), torch.randn(2, 38, 2, 8), make_ids(2, 1, 2, 4, 10)
+    settings = {"block_ids": ids, "block_size": 4, "window": 3}
+    for q in (torch.randn(4, 2, 1, 8).permute(1, 2, 0, 3), torch.randn(2, 1, 8, 4).transpose(2, 3)):
+        got, wanted = (sparse_attention(q, k, v, **settings, impl=impl) for impl in ("torch", "reference"))
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_decoding_no_sequence_at_all(impl, length, with_sinks):
+    q, k, v, sink_logits = make_inputs(0, length, 38)
+    settings = {"window": 3, "sink_logits": sink_logits if with_sinks else None, "return_lse": True}
+    o, lse = sparse_attention(q, k, v, **settings, impl=impl)
+    assert o.shape == (0, length, q.shape[2], v.shape[3])
+    assert lse.shape == o.shape[:3]
+
+
+def test_an_exported_step_takes_keys_however_they_lie():
+    class Step(torch.nn.Module):
+        def forward(self, q, k, v, ids):
+            return sparse_attention(q, k, v, window=3, block_ids=ids, block_size=4, impl="torch")
+
+    q, k, v, _ = (None if t is None else t.detach() for t in make_inputs(1, 1, 38))
+    ids = make_ids(1, 1, 2, 4, 10)
+    wanted = sparse_attention(q, k, v, window=3, block_ids=ids, block_size=4, impl="reference")
+    dynamic = {"q": None, "k": {1: torch.export.Dim("n", min=8, max=500)}, "ids": None}
+    program = torch.export.export(Step(), (q, k, v, ids), dynamic_shapes=dynamic | {"v": dynamic["k"]}, strict=False)
+    for layout in LAYOUTS.values():
+        torch.testing.assert_close(program.module()(q, layout(k), layout(v), ids), wanted)
+        more = torch.cat((k, k), 1), torch.cat((v, v), 1)
+        longer = sparse_attention(q, *more, window=3, block_ids=ids, block_size=4, impl="reference")
+        torch.testing.assert_close(program.module()(q, *(layout(t) for t in more), ids), longer)
+
+
 LAYOUTS = {
     "as they come": lambda t: t,
     "part of a cache": lambda t: torch.cat((t, t), 1).transpose(1, 2).contiguous()[:, :, : t.shape[1]].transpose(1, 2),

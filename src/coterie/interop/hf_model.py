@@ -35,6 +35,7 @@ from coterie.ops import balance_loss, indexer_loss
 from coterie.report.model_card import CARD_FILE, write_model_card
 
 MODEL_TYPE = "coterie"
+_NOT_BACK = "what stands for blocks of keys cannot be taken back in caches of transformers"
 _FIELDS = tuple(one.name for one in fields(TransformerConfig))
 # `TransformerConfig`'s fields as transformers declares its own; required ones stay required.
 _Fields = make_dataclass(
@@ -294,6 +295,12 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
         if not self._hf_peft_config_loaded:  # or the folder is an adapter's
             write_model_card(folder, self.model.config, dtype=self.dtype)
 
+    def _assisted_decoding(self, *args, **kwargs) -> object:
+        """As transformers does; refused where guesses could not be taken back from the cache."""
+        if any(getattr(layer.mixer, "block_shapes", None) for layer in self.model.layers):
+            raise ValueError(f"guesses cannot be taken back of a model with 'sparse_attention': {_NOT_BACK}")
+        return super()._assisted_decoding(*args, **kwargs)
+
     def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, path, **kwargs) -> None:
         """As transformers does, but a config.json is not read for the generation_config.json that is not there."""
         own = self.generation_config
@@ -372,9 +379,12 @@ class _HFBlockCacheLayer(_HFCacheLayer):
         super().__init__(cache, index, token_mask)
         self._shapes, self._block_size = mixer.block_shapes, mixer.block_size
         while len(cache.layers) <= index:  # one that was made without a config
-            cache.layers.append(DynamicLayer())
-        if not isinstance(cache.layers[index], _BlockLayer):
-            if cache.layers[index].get_seq_length():
+            cache.layers.append(cache.layer_class_to_replicate())
+        own = cache.layers[index]
+        if not isinstance(own, _BlockLayer):
+            if type(own) is not DynamicLayer:
+                raise ValueError(f"past_key_values' layer {index} must be a DynamicLayer, got {type(own).__name__}")
+            if own.get_seq_length():
                 raise ValueError(f"past_key_values' layer {index} has keys and no blocks: it is not of this model")
             cache.layers[index] = _BlockLayer()
 
@@ -404,7 +414,17 @@ class _BlockLayer(DynamicLayer):
         room = self.blocks[0].shape[1]
         if room < count:  # half as much again, so that growing costs nothing in the long run
             self.blocks = tuple(F.pad(t, (0, 0, 0, 0, 0, count + count // 2 - room)) for t in self.blocks)
+        if self.blocks[0].is_inference() and not torch.is_inference_mode_enabled():
+            self.blocks = tuple(t.clone() for t in self.blocks)  # to be written to
         return self.blocks
+
+    def offload(self) -> None:
+        super().offload()
+        self.blocks = tuple(t.to("cpu", non_blocking=True) for t in self.blocks)
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        self.blocks = tuple(t.to(self.device, non_blocking=True) for t in self.blocks)
 
     def reset(self) -> None:
         super().reset()
@@ -424,7 +444,7 @@ class _BlockLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
-            raise ValueError("what stands for blocks of keys cannot be taken back in caches of transformers")
+            raise ValueError(_NOT_BACK)
         super().crop(tokens_to_remove)
 
 

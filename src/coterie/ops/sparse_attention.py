@@ -256,8 +256,8 @@ def _sinks(sink_logits: Tensor | None, batch: int, groups: int, length: int, dty
     """[H] → [B · G, R · L]."""
     if sink_logits is None:
         return None
-    sinks = sink_logits.to(dtype).view(1, groups, -1, 1)
-    return sinks.expand(batch, -1, -1, length).reshape(batch * groups, -1)
+    sinks = sink_logits.to(dtype).view(1, groups, -1, 1).expand(batch, -1, -1, length)
+    return sinks.flatten(2).flatten(0, 1)
 
 
 def _without_padding(o: Tensor, lse: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,7 +317,7 @@ def _one(
     o [B, H, V] and log Z [B, H]."""
     dtype, batch, groups = _wide(q), k.shape[0], k.shape[2]
     scores, values = [], []
-    query = (q.to(dtype) * seen.scale).view(batch * groups, -1, q.shape[2])
+    query = (q.to(dtype) * seen.scale).reshape(batch * groups, q.shape[1] // groups, q.shape[2])
 
     def see(keys: Tensor | slice, hidden: Tensor | None) -> None:
         rows, own = (t.flatten(0, 1).to(dtype) for t in _rows((k, v), keys, slots))
@@ -345,7 +345,7 @@ def _one(
     if block_ids is not None:
         see(*_selected_keys(block_ids, seen, first, k.shape[1]))
     o, lse = _weighted(scores, values, _sinks(sink_logits, batch, groups, 1, dtype), with_lse)
-    return o.view(batch, -1, o.shape[2]), lse if lse is None else lse.view(batch, -1)
+    return o.view(*q.shape[:2], o.shape[2]), lse if lse is None else lse.view(q.shape[:2])
 
 
 def _selected_keys(block_ids: Tensor, seen: tiles.Seen, end: int | Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
@@ -371,14 +371,15 @@ def _rows(tensors: Sequence[Tensor], keys: Tensor | slice, slots: Tensor | None)
     group = torch.arange(groups, device=keys.device).view(-1, 1)
     if slots is not None:
         keys = slots[row, keys.clamp(max=slots.shape[1] - 1)]
-    found, places = [], {}
+    traced, found, places = torch.compiler.is_compiling() or torch.jit.is_tracing(), [], {}
     for t in tensors:
         width, (*strides, within) = t.shape[3], t.stride()
-        apart = within != 1 or any(stride % width for stride in strides) or not t.numel()
+        apart = traced or within != 1 or any(stride % width for stride in strides) or not t.numel()
         if apart or (torch.is_grad_enabled() and t.requires_grad):
             found.append(t[row, keys, group])
             continue
-        # Rows of a table, in whatever order they lie: nothing copies them faster.
+        # Rows of a table, in whatever order they lie: nothing copies them faster. An exported program would hold on to
+        # that order.
         strides = tuple(stride // width for stride in strides)
         if strides not in places:
             place = (keys if strides[1] == 1 else keys * strides[1]) + group * strides[2]
