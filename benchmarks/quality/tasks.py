@@ -271,7 +271,7 @@ TASKS = {
     "variable-tracking": Task(
         **_RETRIEVAL,
         vocab_size=50,
-        # Each kind of layer twice: of two in all, the kind that learns the first hop sooner has it in whichever it is.
+        # Each kind of layer twice: above one linear layer, attention learns the first hop, and there is no second.
         layers=4,
         learning_rates=(5e-3,),
         steps=1600,
