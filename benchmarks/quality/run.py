@@ -325,7 +325,7 @@ def draw_lengths(done: Mapping[str, tuple[Sequence[Run], Mapping[str, float]]]) 
     """A panel for each task: the median accuracy over the length, a line for each mixer, a dot for each seed."""
     import matplotlib.figure
 
-    size = (max(1.2 + 3.6 * len(done), 7.0), 4.4)
+    size = (max(1.2 + 3.6 * len(done), 8.0), 4.4)
     figure = matplotlib.figure.Figure(figsize=size, dpi=110)
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 1.05 / size[1]))
     figure.text(0.01, 1 - 0.1 / size[1], "Retrieval by length", size=14, weight="bold", va="top")
