@@ -297,7 +297,7 @@ class CoterieForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _assisted_decoding(self, *args, **kwargs) -> object:
         """As transformers does; refused where guesses could not be taken back from the cache."""
-        if any(getattr(layer.mixer, "block_shapes", None) for layer in self.model.layers):
+        if any(map(_keeps_blocks, self.model.layers)):
             raise ValueError(f"guesses cannot be taken back of a model with 'sparse_attention': {_NOT_BACK}")
         return super()._assisted_decoding(*args, **kwargs)
 
@@ -334,15 +334,16 @@ class _HFCache:
 
     def __init__(self, cache: Cache, token_mask: Tensor | None, layers: Sequence[TransformerLayer]) -> None:
         self.length = cache.get_seq_length()
-        self.layers = [_HFCacheLayer(cache, index, token_mask) for index in range(len(layers))]
-        for index, layer in enumerate(layers):
-            if getattr(layer.mixer, "block_shapes", None):
-                self.layers[index] = _HFBlockCacheLayer(cache, index, token_mask, layer.mixer)
-        self._token_mask = token_mask
+        self._seen = self.length if token_mask is None else token_mask[:, : self.length].sum(-1)
+        self.layers = [
+            _HFBlockCacheLayer(cache, index, token_mask, layer.mixer, self._seen)
+            if _keeps_blocks(layer)
+            else _HFCacheLayer(cache, index, token_mask)
+            for index, layer in enumerate(layers)
+        ]
 
     def positions(self, input_ids: Tensor, token_mask: Tensor | None) -> Tensor:
-        seen = self.length if self._token_mask is None else self._token_mask[:, : self.length].sum(-1)
-        return token_positions(input_ids, token_mask, seen)
+        return token_positions(input_ids, token_mask, self._seen)
 
     def advance(self, input_ids: Tensor, token_mask: Tensor | None) -> None:
         """Theirs has counted."""
@@ -372,12 +373,18 @@ class _HFCacheLayer:
         self._cache.update_recurrent_state(state, self._index)
 
 
-class _HFBlockCacheLayer(_HFCacheLayer):
-    """One layer of it, spoken to as a `BlockCache`."""
+def _keeps_blocks(layer: TransformerLayer) -> bool:
+    return isinstance(layer.mixer, SparseAttention) and bool(layer.mixer.block_shapes)
 
-    def __init__(self, cache: Cache, index: int, token_mask: Tensor | None, mixer: SparseAttention) -> None:
+
+class _HFBlockCacheLayer(_HFCacheLayer):
+    """One layer of it, spoken to as a `BlockCache`. seen: tokens that came before, a number or [B]."""
+
+    def __init__(
+        self, cache: Cache, index: int, token_mask: Tensor | None, mixer: SparseAttention, seen: int | Tensor
+    ) -> None:
         super().__init__(cache, index, token_mask)
-        self._shapes, self._block_size = mixer.block_shapes, mixer.block_size
+        self._shapes, self._block_size, self._seen = mixer.block_shapes, mixer.block_size, seen
         while len(cache.layers) <= index:  # one that was made without a config
             cache.layers.append(cache.layer_class_to_replicate())
         own = cache.layers[index]
@@ -389,10 +396,7 @@ class _HFBlockCacheLayer(_HFCacheLayer):
             cache.layers[index] = _BlockLayer()
 
     def positions(self, added: int, token_mask: Tensor | None) -> int | Tensor:
-        past = self._cache.layers[self._index].get_seq_length()
-        if self._token_mask is None:
-            return past
-        return (self._token_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+        return self._seen if token_mask is None else token_positions(token_mask, token_mask, self._seen)
 
     @property
     def blocks(self) -> tuple[Tensor, ...]:
